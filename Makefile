@@ -1,0 +1,33 @@
+# The commands a newcomer and CI type. Everything runs in .venv with the versions of constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help venv test lint format protos bench demo constraints clean
+
+help:  ## list the commands
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+venv: .venv/.installed  ## .venv with the pinned dependencies
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt "torch==$$(sed -n 's/^torch==\([0-9.]*\).*/\1/p' constraints.txt)"
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+test: venv  ## all tests (no GPU needed)
+	$(BIN)/pytest
+
+lint: venv  ## style, types, who may import whom, generated code in sync
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: venv  ## what the linter can mend by itself
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove what the commands above made
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Shared words: settings, messages, errors, prefix hashes, telemetry. Knows no other part."""

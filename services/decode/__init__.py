@@ -1,0 +1,1 @@
+"""The decode deployment: owns the sequence, its blocks and its token stream."""

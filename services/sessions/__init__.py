@@ -1,0 +1,1 @@
+"""Sessions and the replica registry, in Redis or in memory."""

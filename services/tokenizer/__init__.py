@@ -1,0 +1,1 @@
+"""The tokenizer deployment: a Serve adapter around services.text."""
