@@ -11,6 +11,7 @@
     │   ├── QueueFull
     │   └── QuotaExceeded
     ├── NotFound                a session or model that does not exist (or is another tenant's)
+    ├── AlreadyExists           the id asked for is taken
     ├── SessionBusy             a turn is already running on the session
     ├── StaleLease              the fencing token has been overtaken
     ├── Unauthenticated
@@ -116,6 +117,17 @@ class NotFound(AntiphonError):
 
     def __init__(self, resource_type: str, name: str) -> None:
         super().__init__(f"{resource_type} {name!r} not found")
+        self.resource_type = resource_type
+        self.name = name
+
+
+class AlreadyExists(AntiphonError):
+    """The id asked for a new resource is taken already."""
+
+    reason = "ALREADY_EXISTS"
+
+    def __init__(self, resource_type: str, name: str) -> None:
+        super().__init__(f"{resource_type} {name!r} exists already")
         self.resource_type = resource_type
         self.name = name
 
