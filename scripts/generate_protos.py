@@ -1,7 +1,7 @@
 """Generates services/pb from protos/, or checks that it is in sync.
 
     python scripts/generate_protos.py             write the stubs
-    python scripts/generate_protos.py --check     lint, breaking changes against the baseline, stubs in sync; exit 1 if not
+    python scripts/generate_protos.py --check     lint, breaking changes, stubs in sync; exit 1 if not
     python scripts/generate_protos.py --baseline  take the contract as it is now as the baseline (at a release)
 
 Needs the `dev` extra. The stubs carry the version of the protoc that made them and refuse an older protobuf or grpcio:
