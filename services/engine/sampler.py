@@ -1,0 +1,236 @@
+"""From logits to the next token of every sequence in a batch.
+
+Order: log-probabilities (of the model's own distribution), bias, penalties, temperature, min-p, top-k, top-p, draw.
+A draw is the maximum of logit plus Gumbel noise, and the noise depends on (seed, position, token id) alone: what else
+is in the batch cannot change a reply. Ties go to the lower token id, in greedy and in truncated sampling.
+
+Shape letters: B rows of the batch, V vocabulary, R rows of one kind, C candidates.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from services.common.errors import NumericsError
+from services.common.messages import SamplingParams, TokenLogprobs
+from services.engine.noise import gumbel, stream_keys
+from services.engine.penalties import apply_logit_bias, apply_penalties, require_in_vocabulary
+
+NUM_CANDIDATES = 256  # truncation looks at so many best tokens first; sorting a whole vocabulary is the exception
+MIN_TEMPERATURE = 1e-5  # below it fp32 has no room for the quotient, and the best token has all the mass anyhow
+_LOGPROB_CHUNK_ROWS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRow:
+    """What is needed to sample one sequence. The id sequences are views of the caller's lists and are only read.
+
+    position: the number of tokens generated before this one. seed: from `resolve_seed`, the same at every position.
+    """
+
+    params: SamplingParams
+    prompt_token_ids: Sequence[int]
+    output_token_ids: Sequence[int]
+    position: int
+    seed: int
+
+    @property
+    def is_plain_greedy(self) -> bool:
+        """True if the token is the largest logit and nothing more is asked for."""
+        params = self.params
+        return (
+            params.temperature == 0.0
+            and params.logprobs is None
+            and params.repetition_penalty == 1.0
+            and params.presence_penalty == 0.0
+            and params.frequency_penalty == 0.0
+            and not params.logit_bias
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One sampled token; or, with `error` set, none: token_id is -1 then."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+    error: NumericsError | None = None
+
+
+class Sampler:
+    """Chooses one token a row. Holds no state: everything that matters is in the rows."""
+
+    def sample(self, logits_BV: Tensor, rows: Sequence[SamplingRow]) -> list[Sampled]:
+        """The next token of every row; logits_BV [B, V], any float dtype, any device, is not changed.
+
+        A row with NaN, +inf or nothing but -inf gets an error of its own; the others are not disturbed.
+        Raises InvalidRequest for a logit bias outside of the vocabulary (`check_vocabulary` refuses it on arrival).
+        """
+        assert logits_BV.ndim == 2, logits_BV.shape
+        assert logits_BV.shape[0] == len(rows), (logits_BV.shape, len(rows))
+        if not rows:
+            return []
+        # max propagates NaN, so one reduction gives the greedy tokens and finds the bad rows.
+        best_B, tokens_B = logits_BV.max(dim=-1)
+        is_sound_B = best_B.isfinite()
+        others = [i for i, row in enumerate(rows) if not row.is_plain_greedy]
+        logprobs: dict[int, TokenLogprobs] = {}
+        if others:
+            index_R = torch.tensor(others, device=logits_BV.device)
+            chosen = [rows[i] for i in others]
+            logits_RV = logits_BV if len(others) == len(rows) else logits_BV[index_R]
+            logits_RV = torch.where(is_sound_B[index_R].unsqueeze(-1), logits_RV.float(), 0.0)
+            tokens_R, logprobs_R = _sample_general(logits_RV, chosen)
+            tokens_B[index_R] = tokens_R
+            logprobs = {others[i]: entry for i, entry in logprobs_R.items()}
+        token_ids: list[int] = torch.where(is_sound_B, tokens_B, -1).tolist()
+        return [
+            Sampled(token_id, logprobs.get(i)) if token_id >= 0 else _no_token(rows[i])
+            for i, token_id in enumerate(token_ids)
+        ]
+
+
+def resolve_seed(params: SamplingParams) -> int:
+    """The request's seed, or a fresh random one; call it once a request."""
+    return params.seed if params.seed is not None else secrets.randbits(64)
+
+
+def check_vocabulary(params: SamplingParams, vocab_size: int) -> None:
+    """Raise InvalidRequest if a token id of `logit_bias` or `stop_token_ids` is outside of the vocabulary."""
+    require_in_vocabulary("sampling.logit_bias", list(params.logit_bias), vocab_size)
+    require_in_vocabulary("sampling.stop_token_ids", params.stop_token_ids, vocab_size)
+
+
+def prompt_logprobs(logits_TV: Tensor, next_token_ids: Sequence[int], top_n: int) -> list[TokenLogprobs]:
+    """Log-probabilities of given tokens: row t of logits_TV [T, V] predicts next_token_ids[t].
+
+    Raises NumericsError if a row has NaN, +inf or nothing but -inf.
+    """
+    assert logits_TV.shape[0] == len(next_token_ids), (logits_TV.shape, len(next_token_ids))
+    require_in_vocabulary("prompt", next_token_ids, logits_TV.shape[1])
+    result: list[TokenLogprobs] = []
+    for start in range(0, len(next_token_ids), _LOGPROB_CHUNK_ROWS):
+        ids = next_token_ids[start : start + _LOGPROB_CHUNK_ROWS]
+        chunk = logits_TV[start : start + len(ids)]
+        if not bool(chunk.amax(dim=-1).isfinite().all()):
+            raise NumericsError("the logits of the prompt hold NaN or only infinities")
+        logprobs = chunk.float().log_softmax(dim=-1)
+        result += _token_logprobs(logprobs, torch.tensor(ids, device=logits_TV.device), [top_n] * len(ids))
+    return result
+
+
+def _no_token(row: SamplingRow) -> Sampled:
+    message = f"the logits for token {row.position} of the reply hold NaN or only infinities"
+    return Sampled(-1, error=NumericsError(message))
+
+
+def _sample_general(logits_RV: Tensor, rows: Sequence[SamplingRow]) -> tuple[Tensor, dict[int, TokenLogprobs]]:
+    """Tokens [R], and log-probabilities by row for those that ask. logits_RV: fp32, owned here, changed in place."""
+    asking = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
+    index = torch.tensor(asking, device=logits_RV.device, dtype=torch.int64)
+    raw_logprobs = logits_RV[index].log_softmax(dim=-1) if asking else None
+    apply_logit_bias(logits_RV, rows)
+    apply_penalties(logits_RV, rows)
+    tokens_R = logits_RV.argmax(dim=-1)
+    drawn = [i for i, row in enumerate(rows) if not row.params.is_greedy]
+    if drawn:
+        drawn_index = torch.tensor(drawn, device=logits_RV.device)
+        drawn_logits = logits_RV if len(drawn) == len(rows) else logits_RV[drawn_index]
+        tokens_R[drawn_index] = _draw(drawn_logits, [rows[i] for i in drawn])
+    if raw_logprobs is None:
+        return tokens_R, {}
+    counts = [rows[i].params.logprobs or 0 for i in asking]
+    return tokens_R, dict(zip(asking, _token_logprobs(raw_logprobs, tokens_R[index], counts), strict=True))
+
+
+def _token_logprobs(logprobs_RV: Tensor, tokens_R: Tensor, counts: Sequence[int]) -> list[TokenLogprobs]:
+    num_top = min(max(counts), logprobs_RV.shape[-1])
+    own: list[float] = logprobs_RV.gather(-1, tokens_R.unsqueeze(-1)).squeeze(-1).tolist()
+    values, ids = logprobs_RV.topk(num_top, dim=-1)
+    value_rows: list[list[float]] = values.tolist()
+    id_rows: list[list[int]] = ids.tolist()
+    tokens: list[int] = tokens_R.tolist()
+    return [
+        TokenLogprobs(tokens[i], own[i], tuple(zip(id_rows[i][:count], value_rows[i][:count], strict=True)))
+        for i, count in enumerate(counts)
+    ]
+
+
+def _draw(logits_RV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """Temperature, min-p, top-k, top-p and the draw; tokens [R]."""
+    device, vocab_size = logits_RV.device, logits_RV.shape[-1]
+    params = [row.params for row in rows]
+    temperature = torch.tensor([max(p.temperature, MIN_TEMPERATURE) for p in params], device=device)
+    # Subtracting the largest first keeps small temperatures finite, and makes min-p a comparison with log(min_p).
+    logits_RV = (logits_RV - logits_RV.amax(dim=-1, keepdim=True)) / temperature.unsqueeze(-1)
+    if any(p.min_p > 0.0 for p in params):
+        floor = torch.tensor([math.log(p.min_p) if p.min_p > 0.0 else -math.inf for p in params], device=device)
+        logits_RV = logits_RV.masked_fill(logits_RV < floor.unsqueeze(-1), -math.inf)
+    keys_R = stream_keys([(row.seed, row.position) for row in rows], device)
+    truncated = [i for i, p in enumerate(params) if 0 < p.top_k < vocab_size or p.top_p < 1.0]
+    whole = sorted(set(range(len(rows))) - set(truncated))
+    tokens_R = torch.empty(len(rows), dtype=torch.int64, device=device)
+    if whole:
+        index = torch.tensor(whole, device=device)
+        noise = gumbel(keys_R[index].unsqueeze(-1), torch.arange(vocab_size, device=device))
+        tokens_R[index] = noise.add_(logits_RV[index]).argmax(dim=-1)
+    if truncated:
+        index = torch.tensor(truncated, device=device)
+        top_k = torch.tensor([params[i].top_k or vocab_size for i in truncated], device=device)
+        top_p = torch.tensor([params[i].top_p for i in truncated], device=device)
+        tokens_R[index] = _draw_truncated(logits_RV[index], top_k, top_p, keys_R[index])
+    return tokens_R
+
+
+def _draw_truncated(logits_RV: Tensor, top_k_R: Tensor, top_p_R: Tensor, keys_R: Tensor) -> Tensor:
+    """Draw from the top-k / nucleus of each row; tokens [R].
+
+    The best NUM_CANDIDATES are enough if the kept set ends above the last of them; otherwise the row is sorted whole.
+    Which of the two happens depends on the row alone, and ties that reach the border are left to the sort, so the
+    kept set never depends on the order in which topk returns equal values.
+    """
+    vocab_size = logits_RV.shape[-1]
+    values_RC, ids_RC = logits_RV.topk(min(NUM_CANDIDATES, vocab_size), dim=-1)
+    ids_RC, order = ids_RC.sort(dim=-1)
+    values_RC, order = values_RC.gather(-1, order).sort(dim=-1, descending=True, stable=True)
+    ids_RC = ids_RC.gather(-1, order)
+    log_mass_R = logits_RV.logsumexp(dim=-1)
+    keep_RC = _kept(values_RC, top_k_R, top_p_R, log_mass_R, vocab_size)
+    tokens_R = _draw_among(values_RC, ids_RC, keep_RC, keys_R)
+    if values_RC.shape[-1] == vocab_size:
+        return tokens_R
+    last_kept_R = values_RC.masked_fill(~keep_RC, math.inf).amin(dim=-1)
+    is_cut_off_R = (last_kept_R <= values_RC[:, -1]) | ((top_k_R > NUM_CANDIDATES) & (top_k_R < vocab_size))
+    left_R = is_cut_off_R.nonzero().squeeze(-1)
+    if left_R.numel():
+        values_RV, ids_RV = logits_RV[left_R].sort(dim=-1, descending=True, stable=True)
+        keep_RV = _kept(values_RV, top_k_R[left_R], top_p_R[left_R], log_mass_R[left_R], vocab_size)
+        tokens_R[left_R] = _draw_among(values_RV, ids_RV, keep_RV, keys_R[left_R])
+    return tokens_R
+
+
+def _kept(values_RC: Tensor, top_k_R: Tensor, top_p_R: Tensor, log_mass_R: Tensor, vocab_size: int) -> Tensor:
+    """Which of the sorted values are in the top-k and in the nucleus of the top-k; bool [R, C].
+
+    log_mass_R: logsumexp of all the row's logits, the nucleus' whole where top-k does not cut.
+    """
+    rank_C = torch.arange(values_RC.shape[-1], device=values_RC.device)
+    is_top_RC = rank_C < top_k_R.unsqueeze(-1)
+    log_top_mass_R = values_RC.masked_fill(~is_top_RC, -math.inf).logsumexp(dim=-1)
+    log_mass_R = torch.where(top_k_R < vocab_size, log_top_mass_R, log_mass_R)
+    mass_RC = (values_RC - log_mass_R.unsqueeze(-1)).exp().cumsum(dim=-1)
+    mass_before_RC = torch.nn.functional.pad(mass_RC[:, :-1], (1, 0))
+    # Rounding can bring the sum to 1 early: top-p 1 is off, not a comparison.
+    is_nucleus_RC = (mass_before_RC < top_p_R.unsqueeze(-1)) | (top_p_R.unsqueeze(-1) >= 1.0)
+    return (is_top_RC & is_nucleus_RC & (values_RC > -math.inf)) | (rank_C == 0)
+
+
+def _draw_among(values_RC: Tensor, ids_RC: Tensor, keep_RC: Tensor, keys_R: Tensor) -> Tensor:
+    scores_RC = gumbel(keys_R.unsqueeze(-1), ids_RC).add_(values_RC).masked_fill_(~keep_RC, -math.inf)
+    return ids_RC.gather(-1, scores_RC.argmax(dim=-1, keepdim=True)).squeeze(-1)
