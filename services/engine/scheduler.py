@@ -1,0 +1,399 @@
+"""Decides what each step computes: continuous batching with chunked prefill under a token budget.
+
+    schedule  ->  (the runner computes the chunks)  ->  commit
+
+There is no prefill mode and no decode mode: a step is a list of chunks, and a chunk is some tokens of one sequence.
+Sequences run in order of arrival. When blocks run out the latest arrival gives its blocks back and is computed again
+later (its blocks usually stay cached until then), so the earliest one always goes on, and so everyone's turn comes.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as ListLike
+from dataclasses import dataclass, field
+
+from services.common.errors import InvalidRequest, PromptTooLong, QueueFull
+from services.common.messages import FinishReason
+from services.common.prefix_hash import PrefixHasher
+from services.engine.block_pool import BlockPool
+from services.engine.reservation import Reservation, ReservationBook
+from services.engine.sequence import Sequence, SequenceStatus
+
+__all__ = ["Chunk", "Reservation", "Scheduler", "SchedulerConfig"]
+
+# A prompt's guaranteed part of a step. Much smaller chunks make attention read a long history for a few queries.
+_MAX_GUARANTEED_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Limits of a step and of the queue.
+
+    max_num_batched_tokens: most tokens a step computes; at least max_num_sequences, so that everyone gets one.
+    max_num_sequences: most sequences that run at the same time. max_seq_len: most tokens of a sequence, reply included.
+    max_num_waiting: most sequences that wait; one more is refused.
+    """
+
+    max_num_batched_tokens: int
+    max_num_sequences: int
+    max_seq_len: int
+    max_num_waiting: int
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_sequences", "max_num_waiting"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_seq_len < 2:
+            raise ValueError(f"max_seq_len must leave room for a prompt and a reply, got {self.max_seq_len}")
+        if self.max_num_batched_tokens < self.max_num_sequences:
+            raise ValueError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_sequences"
+                f" ({self.max_num_sequences}): every running sequence gets a token in every step"
+            )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Chunk:
+    """Tokens start..start+num_tokens-1 of `seq`, to be computed in this step; their slots are in its block table.
+
+    samples: the chunk reaches the sequence's last token, so the logits of its last row give the next one.
+    """
+
+    seq: Sequence
+    start: int
+    num_tokens: int
+    samples: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Fixed now: once the sampled token is appended, the chunk no longer reaches the end.
+        object.__setattr__(self, "samples", self.start + self.num_tokens == len(self.seq.token_ids))
+
+
+class Scheduler:
+    """Owns the sequences of one engine and their references to `pool`. Not thread-safe: one thread calls it.
+
+    Between `schedule` and `commit` a step is open: the runner may be writing to the blocks of its chunks. A sequence
+    that ends meanwhile leaves at once, but its blocks are only given back when the step is committed.
+    """
+
+    def __init__(self, config: SchedulerConfig, pool: BlockPool) -> None:
+        self.config = config
+        self.pool = pool
+        # The last token of a sequence is sampled but never computed, hence the one more than there are slots.
+        self.max_seq_len = min(config.max_seq_len, pool.num_blocks * pool.block_size + 1)
+        self.num_preemptions = 0
+        self._waiting: OrderedDict[str, Sequence] = OrderedDict()  # both in order of arrival
+        self._running: OrderedDict[str, Sequence] = OrderedDict()
+        self._reservations = ReservationBook(pool)
+        self._num_arrivals = 0
+        self._step_is_open = False
+        self._tables_of_open_step: list[list[int]] = []  # of sequences that ended while it was open
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Tokens still to be computed, of waiting and running sequences."""
+        queues = (self._waiting, self._running)
+        return sum(seq.num_uncomputed_tokens for queue in queues for seq in queue.values())
+
+    @property
+    def num_reservations(self) -> int:
+        """Reservations that are open."""
+        return len(self._reservations)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a sequence is waiting or running."""
+        return bool(self._waiting or self._running)
+
+    # Sequences come and go.
+
+    def add(self, seq: Sequence, reservation: Reservation | None = None) -> None:
+        """Queues a sequence; the blocks of `reservation`, if given, become its own and count as computed so far.
+
+        Raises PromptTooLong, InvalidRequest (it could not be served even alone) or QueueFull, with nothing changed:
+        the reservation is then still the caller's.
+        """
+        if not seq.token_ids:
+            raise InvalidRequest("prompt", "at least one token is needed")
+        if seq.num_tokens >= self.config.max_seq_len:
+            raise PromptTooLong(
+                "prompt", f"{seq.num_tokens} tokens; fewer than {self.config.max_seq_len} can be served"
+            )
+        if seq.num_tokens >= self.max_seq_len:
+            raise InvalidRequest("prompt", f"{seq.num_tokens} tokens; the KV cache holds {self.max_seq_len - 1}")
+        if len(self._waiting) >= self.config.max_num_waiting:
+            raise QueueFull(f"{len(self._waiting)} sequences are waiting already")
+        if seq.seq_id in self._waiting or seq.seq_id in self._running:
+            raise ValueError(f"sequence {seq.seq_id!r} is scheduled already")
+        if seq.hasher.block_size != self.pool.block_size:
+            raise ValueError(f"prefix hashes of {seq.hasher.block_size} tokens, blocks of {self.pool.block_size}")
+        if reservation is not None:
+            self._reservations.move_into(reservation, seq)
+        seq.max_seq_len = min(seq.max_seq_len, self.max_seq_len)
+        seq.arrival = self._num_arrivals
+        self._num_arrivals += 1
+        self._waiting[seq.seq_id] = seq
+
+    def abort(self, seq_id: str) -> bool:
+        """Ends a sequence and frees everything it holds; False if it is not (or no longer) here."""
+        return self.finish(seq_id, FinishReason.ABORTED)
+
+    def finish(self, seq_id: str, reason: FinishReason) -> bool:
+        """Ends a sequence for a reason found outside, such as a stop string; False if it is not (or no longer) here.
+
+        A sequence that keeps its blocks keeps them for STOP and LENGTH only.
+        """
+        seq = self._running.get(seq_id) or self._waiting.get(seq_id)
+        if seq is None:
+            return False
+        self._end(seq, reason)
+        return True
+
+    # A step.
+
+    def schedule(self) -> list[Chunk]:
+        """Opens a step: its chunks, in order of arrival, with blocks allocated.
+
+        Every running sequence gets a token, every prompt a guaranteed number of them; half of what is left goes to the
+        first prompt, half of the rest to the next, and so on: the first is done soon, and nobody waits for it to be.
+        Empty when there is nothing to do, or when all blocks are held outside (reservations, kept, quarantined).
+        """
+        if self._step_is_open:
+            raise AssertionError("the previous step is still open: commit it")
+        sequences = self._running_with_room()
+        num_left = self.config.max_num_batched_tokens - len(sequences)
+        guaranteed = max(1, min(_MAX_GUARANTEED_TOKENS, num_left // 8))
+        sizes = []
+        for seq in sequences:
+            size = min(seq.num_uncomputed_tokens, guaranteed, 1 + num_left)
+            num_left -= size - 1
+            sizes.append(size)
+        for seq in self._admit_waiting(num_left, guaranteed):
+            size = min(seq.num_uncomputed_tokens, guaranteed)
+            num_left -= size
+            sequences.append(seq)
+            sizes.append(size)
+        _share_out(num_left, sequences, sizes)
+        chunks = [self._chunk(seq, size) for seq, size in zip(sequences, sizes, strict=True)]
+        self._step_is_open = bool(chunks)
+        return chunks
+
+    def commit(self, chunks: Iterable[Chunk], sampled: Mapping[str, int]) -> list[Sequence]:
+        """Closes the step: `chunks` are computed and `sampled` has the next token of each that samples, by seq_id.
+
+        Returns the sequences that finished. Sequences that ended while the step was open are passed over. After a step
+        that failed, `commit((), {})` closes it as if it had not been.
+        """
+        alive = [chunk for chunk in chunks if chunk.seq.status is SequenceStatus.RUNNING]
+        missing = [chunk.seq.seq_id for chunk in alive if chunk.samples and chunk.seq.seq_id not in sampled]
+        if missing:
+            raise AssertionError(f"no token was sampled for {missing}")
+        self._step_is_open = False
+        for table in self._tables_of_open_step:
+            self.pool.release(table)
+        self._tables_of_open_step.clear()
+        finished = []
+        for chunk in alive:
+            seq = chunk.seq
+            self._advance(seq, chunk.start + chunk.num_tokens)
+            if chunk.samples:
+                token_id = sampled[seq.seq_id]
+                reason = seq.finish_reason_after(token_id)
+                seq.append(token_id)
+                if reason is not None:
+                    self._end(seq, reason)
+                    finished.append(seq)
+        return finished
+
+    # KV that comes from another replica.
+
+    def reserve(self, token_ids: Iterable[int], hasher: PrefixHasher) -> Reservation:
+        """Sets blocks aside for the KV of all `token_ids`, sharing those that are held here already.
+
+        Never takes what running sequences or the first waiting one will need. Raises OutOfBlocks, nothing changed.
+        """
+        num_promised = self._num_promised_blocks()
+        if self._waiting:
+            num_promised += self._num_missing_blocks(next(iter(self._waiting.values())))
+        return self._reservations.open(token_ids, hasher, num_promised)
+
+    def arrived(self, reservation: Reservation, num_tokens: int) -> None:
+        """The KV of the first `num_tokens` tokens is in place and verified; from now on others may find it."""
+        self._reservations.arrived(reservation, num_tokens)
+
+    def cancel(self, reservation: Reservation) -> None:
+        """Gives the blocks back (nothing writes to them any more); does nothing to one that is no longer open."""
+        self._reservations.cancel(reservation)
+
+    def quarantine(self, reservation: Reservation, from_token: int) -> list[int]:
+        """Ends a reservation whose transfer was given up: tokens from `from_token` on may still be written.
+
+        Their blocks go into quarantine and are returned, for `pool.readmit` later; the others are given back.
+        """
+        return self._reservations.quarantine(reservation, from_token)
+
+    def check_integrity(self, tables_held_outside: Iterable[ListLike[int]] = ()) -> None:
+        """Raises AssertionError unless the pool's references are those of the sequences and reservations here.
+
+        tables_held_outside: whatever else references blocks: tables kept at a finish, blocks being published.
+        """
+        sequences = [*self._running.values(), *self._waiting.values()]
+        tables = [seq.block_table for seq in sequences]
+        tables += self._reservations.tables()
+        self.pool.check_integrity([*tables, *self._tables_of_open_step, *tables_held_outside])
+        arrivals = [seq.arrival for seq in sequences]
+        if arrivals != sorted(arrivals):
+            raise AssertionError(f"the queues are not in order of arrival: {sequences}")
+        for seq in sequences:
+            num_slots = len(seq.block_table) * self.pool.block_size
+            if not (seq.num_computed_tokens <= num_slots and seq.num_computed_tokens < seq.num_tokens):
+                raise AssertionError(f"tokens and blocks do not fit: {seq}")
+
+    # Blocks for running sequences.
+
+    def _running_with_room(self) -> list[Sequence]:
+        """The running sequences, each with a slot for its next token; takes blocks from the latest where it must."""
+        block_size = self.pool.block_size
+        with_room = []
+        for seq in list(self._running.values()):
+            if seq.status is not SequenceStatus.RUNNING:
+                continue  # an earlier one took its blocks
+            if seq.num_computed_tokens < len(seq.block_table) * block_size or self._grow(seq):
+                with_room.append(seq)
+        return with_room
+
+    def _grow(self, seq: Sequence) -> bool:
+        """Gives a running sequence one more block. False: it had to yield, or all blocks are held outside."""
+        while self.pool.num_free_blocks == 0:
+            if self._take_back_from_waiting():
+                continue
+            latest = next(reversed(self._running.values()))
+            if latest is seq and len(self._running) == 1:
+                return False
+            self._preempt(latest)
+            if latest is seq:
+                return False
+        seq.block_table += self.pool.allocate(1)
+        return True
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Puts the latest running sequence back to the head of the queue, with nothing computed."""
+        del self._running[seq.seq_id]
+        seq.status = SequenceStatus.WAITING
+        self._waiting[seq.seq_id] = seq
+        self._waiting.move_to_end(seq.seq_id, last=False)
+        self._take_back(seq)
+
+    def _take_back_from_waiting(self, spared: Sequence | None = None) -> bool:
+        """Takes the blocks (of a reservation) from the latest waiting sequence that has some; False if none has."""
+        for seq in reversed(self._waiting.values()):
+            if seq.block_table and seq is not spared:
+                self._take_back(seq)
+                return True
+        return False
+
+    def _take_back(self, seq: Sequence) -> None:
+        self.pool.release(seq.block_table)
+        seq.block_table = []
+        seq.num_computed_tokens = 0
+        seq.num_preemptions += 1
+        self.num_preemptions += 1
+
+    # Admission.
+
+    def _admit_waiting(self, num_tokens_left: int, guaranteed: int) -> list[Sequence]:
+        """Lets waiting sequences run, in order, as far as tokens and blocks allow."""
+        admitted: list[Sequence] = []
+        num_promised = self._num_promised_blocks() if self._waiting else 0
+        while self._waiting and len(self._running) < self.config.max_num_sequences:
+            seq = next(iter(self._waiting.values()))
+            if not self._admit(seq, num_tokens_left, guaranteed, num_promised):
+                break
+            num_tokens_left -= min(seq.num_uncomputed_tokens, guaranteed)
+            num_promised += self._num_missing_blocks(seq) + 1
+            admitted.append(seq)
+        return admitted
+
+    def _admit(self, seq: Sequence, num_tokens_left: int, guaranteed: int, num_promised: int) -> bool:
+        matched: list[int] = []
+        if seq.reuses_prefix and not seq.block_table:
+            # The last token is always computed: its logits are what the prompt is for.
+            matched = self.pool.match(seq.block_hashes[: (seq.num_tokens - 1) // self.pool.block_size])
+        num_computed = seq.num_computed_tokens or len(matched) * self.pool.block_size
+        if min(seq.num_tokens - num_computed, guaranteed) > num_tokens_left:
+            return False
+        num_new = self._num_missing_blocks(seq) - len(matched)
+        while not self.pool.can_take(matched, num_new + num_promised):
+            # With nobody running nothing will be freed, unless those behind it give up what they brought along.
+            if self._running or not self._take_back_from_waiting(spared=seq):
+                return False
+        if not seq.block_table:
+            self.pool.acquire(matched)
+            seq.block_table = matched
+            seq.num_computed_tokens = num_computed
+            if seq.num_preemptions == 0:
+                seq.num_cached_tokens = num_computed
+        del self._waiting[seq.seq_id]
+        seq.status = SequenceStatus.RUNNING
+        self._running[seq.seq_id] = seq
+        return True
+
+    def _num_missing_blocks(self, seq: Sequence) -> int:
+        return max(0, self.pool.num_blocks_for(seq.num_tokens) - len(seq.block_table))
+
+    def _num_promised_blocks(self) -> int:
+        """Blocks that the running sequences will take for the tokens they have, and one each to grow into.
+
+        Without the promise a newcomer's blocks would be taken back a step later.
+        """
+        return sum(self._num_missing_blocks(seq) + 1 for seq in self._running.values())
+
+    def _chunk(self, seq: Sequence, size: int) -> Chunk:
+        """A chunk of `size` tokens, or of as many as there are blocks for (there is room for one at least)."""
+        start = seq.num_computed_tokens
+        num_missing = self.pool.num_blocks_for(start + size) - len(seq.block_table)
+        if num_missing > 0:
+            seq.block_table += self.pool.allocate(min(num_missing, self.pool.num_free_blocks))
+            size = min(size, len(seq.block_table) * self.pool.block_size - start)
+        return Chunk(seq, start, size)
+
+    # Progress and end of a sequence.
+
+    def _advance(self, seq: Sequence, num_computed: int) -> None:
+        block_size = self.pool.block_size
+        for index in range(seq.num_computed_tokens // block_size, num_computed // block_size):
+            self.pool.commit(seq.block_table[index], seq.block_hashes[index])
+        seq.num_computed_tokens = num_computed
+
+    def _end(self, seq: Sequence, reason: FinishReason) -> None:
+        queue = self._running if seq.status is SequenceStatus.RUNNING else self._waiting
+        del queue[seq.seq_id]
+        seq.status = SequenceStatus.FINISHED
+        seq.finish_reason = reason
+        if seq.keeps_blocks and reason in (FinishReason.STOP, FinishReason.LENGTH):
+            return
+        if self._step_is_open:
+            self._tables_of_open_step.append(seq.block_table)
+        else:
+            self.pool.release(seq.block_table)
+        seq.block_table = []
+
+
+def _share_out(num_left: int, sequences: list[Sequence], sizes: list[int]) -> None:
+    """Adds the rest of the budget to `sizes`: first by halves, as `schedule` says, then what remains in order."""
+    hungry = [index for index, seq in enumerate(sequences) if seq.num_uncomputed_tokens > sizes[index]]
+    for part in (2, 1):
+        for index in hungry:
+            extra = min(sequences[index].num_uncomputed_tokens - sizes[index], -(-num_left // part))
+            sizes[index] += extra
+            num_left -= extra
