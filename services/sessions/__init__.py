@@ -1,1 +1,5 @@
-"""Sessions and the replica registry, in Redis or in memory."""
+"""Who a conversation is, what was said in it, and which replica holds its KV blocks.
+
+`base` says what a session store does; `redis_store` is the one that a cluster uses, `memory_store` the one of a single
+process. `registry` knows the replicas. Nothing outside this package imports redis.
+"""
