@@ -162,13 +162,26 @@ class Unavailable(AntiphonError):
 
 
 class TransferFailed(AntiphonError):
-    """KV blocks did not arrive, or failed verification; the receiver recomputes. `cause` labels the metric."""
+    """KV blocks did not arrive, or failed verification; the receiver recomputes. `cause` labels the metric.
+
+    must_quarantine: something may still write to the target blocks, so they must not be used again for now.
+    """
 
     reason = "TRANSFER_FAILED"
 
-    def __init__(self, cause: str, message: str) -> None:
+    def __init__(self, cause: str, message: str, *, must_quarantine: bool = False) -> None:
         super().__init__(f"{cause}: {message}")
         self.cause = cause
+        self.message = message
+        self.must_quarantine = must_quarantine
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # The default calls the constructor with the formatted text alone, and fails when the error crosses processes.
+        return _rebuild_transfer_failed, (self.cause, self.message, self.must_quarantine)
+
+
+def _rebuild_transfer_failed(cause: str, message: str, must_quarantine: bool) -> TransferFailed:
+    return TransferFailed(cause, message, must_quarantine=must_quarantine)
 
 
 class DeadlineExceeded(AntiphonError):
