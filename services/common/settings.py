@@ -117,11 +117,8 @@ class GatewaySettings(_Section):
     max_concurrent_turns: PositiveInt = Field(
         default=512, description="Most turns at once in one gateway; more are refused."
     )
-    max_buffered_events: PositiveInt = Field(
-        default=64, description="Most events kept for a client that reads slower than the model writes."
-    )
     slow_client_timeout_s: Seconds = Field(
-        default=10.0, description="How long that buffer may stay full before the turn is ended, in seconds."
+        default=10.0, description="A client that does not take an event for this long loses its turn, in seconds."
     )
     default_deadline_s: Seconds = Field(
         default=600.0, description="Deadline of a call that has none of its own, in seconds."
@@ -129,6 +126,7 @@ class GatewaySettings(_Section):
     keepalive_min_interval_s: Seconds = Field(
         default=10.0, description="Shortest interval of client pings, in seconds."
     )
+    keepalive_interval_s: Seconds = Field(default=60.0, description="Interval of the server's own pings, in seconds.")
     keepalive_timeout_s: Seconds = Field(
         default=20.0, description="Unanswered pings end a connection after this, in seconds."
     )
