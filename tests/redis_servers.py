@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from redis.asyncio import Redis
@@ -53,8 +54,8 @@ def fresh_keyspace() -> Keyspace:
 class LossyProxy:
     """A TCP proxy in front of a server that can lose replies: the command is done, and the client never hears of it."""
 
-    def __init__(self, port: int) -> None:
-        self._server_port = port
+    def __init__(self, server_url: str) -> None:
+        self._server_url = server_url
         self._num_replies_to_lose = 0
         self._listener: asyncio.Server | None = None
 
@@ -68,16 +69,17 @@ class LossyProxy:
         await self._listener.wait_closed()
 
     @property
-    def port(self) -> int:
+    def url(self) -> str:
+        """The server's URL, through the proxy."""
         assert self._listener is not None
-        port: int = self._listener.sockets[0].getsockname()[1]
-        return port
+        port = self._listener.sockets[0].getsockname()[1]
+        return self._server_url.replace(f":{urlsplit(self._server_url).port}/", f":{port}/")
 
     def lose_next_reply(self) -> None:
         self._num_replies_to_lose += 1
 
     async def _serve(self, client_in: asyncio.StreamReader, client_out: asyncio.StreamWriter) -> None:
-        server_in, server_out = await asyncio.open_connection("127.0.0.1", self._server_port)
+        server_in, server_out = await asyncio.open_connection("127.0.0.1", urlsplit(self._server_url).port)
         there = asyncio.create_task(self._copy(client_in, server_out, is_reply=False))
         await self._copy(server_in, client_out, is_reply=True)
         await there

@@ -33,15 +33,16 @@ class EmbeddedServer:
     """One server process with its data in data_dir. start() and stop(), or use it in a `with`.
 
     binary: of valkey-server or redis-server, 7.0 or newer; None takes the one of find_binary().
-    port: None takes a free one. Only who has the URL gets in: it carries a password that is made at every start.
+    port: None takes a free one. Only who has the URL gets in: it carries a random password. A server that is started
+    again keeps both if it can, so that its clients find it.
     """
 
     def __init__(self, data_dir: Path, binary: Path | None = None, port: int | None = None) -> None:
         self._data_dir = data_dir.absolute()
         self._binary = binary
         self._wanted_port = port
-        self._port = 0
-        self._password = ""
+        self._port = port or 0
+        self._password = secrets.token_urlsafe(24)
         self._process: subprocess.Popen[bytes] | None = None
         self._owner_lock: IO[str] | None = None
 
@@ -59,13 +60,13 @@ class EmbeddedServer:
             if not _lock(self._owner_lock):
                 raise InvalidSettings(f"the data directory {self._data_dir} is in use by another antiphon")
             _stop_orphan(self._data_dir)
-            self._password = secrets.token_urlsafe(24)
             for _ in range(_NUM_PORT_TRIES if self._wanted_port is None else 1):
-                self._port = self._wanted_port or _free_port()
+                self._port = self._port or _free_port()
                 self._process = self._spawn(binary)
                 if self._answers_in_time():
                     return self.url
                 self._end_process()
+                self._port = self._wanted_port or 0
             raise Unavailable(f"the embedded server did not start; its log is {self._data_dir / 'server.log'}")
         except BaseException:
             self.stop()

@@ -161,7 +161,7 @@ class MemorySessionStore:
 
     async def commit(self, lease: Lease, turn: TurnRecord, holders: Sequence[Holder]) -> SessionRecord:
         session, now_s = self._find(lease.tenant, lease.session_id), self._clock()
-        if any(entry.mark == lease.owner for entry in session.journal[-NUM_REPLAYABLE_TURNS:]):
+        if any(entry.mark == lease.owner for entry in session.journal[lease.turn - 1 : lease.turn]):
             return session.record(now_s)
         self._find_leased(lease)
         num_bytes = len(pack_turn(turn, lease.owner))

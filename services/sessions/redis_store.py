@@ -1,7 +1,7 @@
 """The session store of a cluster: Redis 7.0 or newer, or Valkey. Every change is one Lua script.
 
-A script is sent again when its reply is lost, so each recognises its own work: a session by its nonce, a lease and a
-committed turn by the lease's owner mark.
+A script is sent again when its reply is lost, so each recognises its own work: a session by its nonce, a lease by its
+owner, a committed turn by the mark in its entry.
 """
 
 from __future__ import annotations
@@ -145,6 +145,7 @@ class RedisSessionStore:
 
     async def commit(self, lease: Lease, turn: TurnRecord, holders: Sequence[Holder]) -> SessionRecord:
         args: list[str | bytes | int] = [
+            lease.turn,
             pack_turn(turn, lease.owner),
             len(turn.prompt_token_ids),
             len(turn.generated_token_ids),

@@ -9,7 +9,7 @@ end
 
 if idempotency ~= '' then
   for slot = 0, 3 do
-    local turn, _, key = string.match(meta['commit:' .. slot] or '', '^(%d+) (%x+) (%x*)$')
+    local turn, key = string.match(meta['key:' .. slot] or '', '^(%d+) (%x*)$')
     if key == idempotency then
       return {'COMMITTED', now_us, redis.call('HGETALL', META), turn, redis.call('LINDEX', TURNS, turn - 1)}
     end
@@ -32,7 +32,7 @@ local lease_ms = now_ms + lease_ttl_ms
 redis.call('HSET', META, 'fence', meta.fence, 'owner', owner, 'lease_ms', int(lease_ms))
 keep_until(math.max(now_ms + meta.ttl_ms, lease_ms))
 
-if known > 0 and string.sub(redis.call('LINDEX', TURNS, known - 1) or '', 2, 17) ~= ARGV[8] then
+if known > 0 and mark_of(redis.call('LINDEX', TURNS, known - 1)) ~= ARGV[8] then
   known = 0
 end
 return {'OK', now_us, redis.call('HGETALL', META), known, redis.call('LRANGE', TURNS, known, -1)}

@@ -4,7 +4,7 @@
 --   schema nonce session_id model template ttl_ms created_us updated_ms expires_ms
 --   num_turns num_prompt num_generated journal_bytes bytes
 --   fence; owner and lease_ms while a lease exists
---   commit:<turn mod 4> = "<turn> <owner> <idempotency digest or nothing>"; holder:<replica>:<incarnation> = JSON
+--   key:<turn mod 4> = "<turn> <idempotency digest or nothing>"; holder:<replica>:<incarnation> = JSON
 local SESSIONS, EXPIRY, BYTES, META, TURNS = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local DIGEST = ARGV[1]
 
@@ -23,6 +23,11 @@ local function read_meta()
     meta[flat[i]] = flat[i + 1]
   end
   return meta
+end
+
+-- The mark of a journal entry, which is its lease's owner in binary; '' if there is no such turn.
+local function mark_of(entry)
+  return string.sub(entry or '', 2, 17)
 end
 
 local function charge(bytes)
