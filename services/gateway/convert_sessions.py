@@ -18,6 +18,7 @@ DEFAULT_PAGE_SIZE: Final = 50
 
 _SESSION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _NANOSECONDS = 1_000_000_000
+_MICROSECONDS = 1_000_000
 
 
 def session_name(session: str | None) -> str:
@@ -79,8 +80,8 @@ def session_from_proto(message: sessions.Session) -> SessionInfo:
     return SessionInfo(
         session=message.name.removeprefix(SESSION_PREFIX),
         model=message.model,
-        created_at_s=message.create_time.ToNanoseconds() / _NANOSECONDS,
-        updated_at_s=message.update_time.ToNanoseconds() / _NANOSECONDS,
+        created_at_s=message.create_time.ToMicroseconds() / _MICROSECONDS,
+        updated_at_s=message.update_time.ToMicroseconds() / _MICROSECONDS,
         ttl_s=message.ttl.ToNanoseconds() / _NANOSECONDS,
         num_turns=message.num_turns,
         num_prompt_tokens=message.num_prompt_tokens,
@@ -100,5 +101,5 @@ def duration_of(seconds: float) -> Duration:
 
 def _timestamp(seconds: float) -> Timestamp:
     timestamp = Timestamp()
-    timestamp.FromNanoseconds(round(seconds * _NANOSECONDS))
+    timestamp.FromMicroseconds(round(seconds * _MICROSECONDS))  # finer than that a float does not go
     return timestamp

@@ -5,7 +5,7 @@ The table itself is services.wire.status.
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import grpc
 from google.rpc import status_pb2
@@ -21,15 +21,16 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception, r
     raise AssertionError("unreachable: abort raises") from error
 
 
-def error_from_rpc(failed: grpc.aio.AioRpcError) -> AntiphonError:
-    """The typed error of a failed call, for a client of either hop."""
+def error_from_rpc(failed: grpc.RpcError) -> AntiphonError:
+    """The typed error of a failed call, sync or async, for a client of either hop."""
     return from_status(status_of(failed))
 
 
-def status_of(failed: grpc.aio.AioRpcError) -> status_pb2.Status:
+def status_of(failed: grpc.RpcError) -> status_pb2.Status:
     """The google.rpc.Status of a failed call, made from code and message if it carries none that fits them."""
+    call = cast("grpc.Call", failed)  # every RpcError that a call raises is one
     try:
-        status = rpc_status.from_call(failed)  # type: ignore[arg-type]  # it reads three methods that AioRpcError has
+        status = rpc_status.from_call(call)
     except ValueError:  # details that contradict the code: not from our table
         status = None
-    return status or status_pb2.Status(code=failed.code().value[0], message=failed.details() or "")
+    return status or status_pb2.Status(code=call.code().value[0], message=call.details() or "")

@@ -1,0 +1,125 @@
+"""The gateway's own gRPC server: TLS, tokens, limits, keepalive, health and reflection around the two services."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from services.common.errors import InvalidSettings
+from services.common.settings import GatewaySettings, TlsSettings
+from services.common.telemetry import Metrics
+from services.gateway.auth import Authenticator, read_tokens
+from services.gateway.edge import Edge, EdgeInterceptor
+from services.gateway.pipeline_api import Sessions, Text, Turns
+from services.gateway.servicers import ChatServicer, SessionServicer, register
+
+log = logging.getLogger(__name__)
+
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+class GatewayServer:
+    """Hosts the edge on settings.host:port. start() listens, stop() drains; `port` is the one that was bound."""
+
+    def __init__(
+        self, settings: GatewaySettings, turns: Turns, sessions: Sessions, text: Text, metrics: Metrics
+    ) -> None:
+        self._settings = settings
+        self._turns = turns
+        self._sessions = sessions
+        self._text = text
+        self._metrics = metrics
+        self._health = health.aio.HealthServicer()
+        self._services: tuple[str, ...] = ()
+        self._server: grpc.aio.Server | None = None
+        self.port = 0
+
+    async def start(self) -> None:
+        """Listens; health says SERVING from now on. Raises InvalidSettings if a file or the address cannot be used."""
+        settings = self._settings
+        tokens = None if settings.auth_tokens_file is None else read_tokens(settings.auth_tokens_file)
+        authenticator = Authenticator(tokens, settings.default_tenant)
+        server = grpc.aio.server(interceptors=[EdgeInterceptor(authenticator)], options=channel_options(settings))
+        edge = Edge(authenticator, settings.default_deadline_s, self._metrics)
+        chat_servicer = ChatServicer(
+            edge,
+            self._turns,
+            self._text,
+            self._metrics,
+            settings.max_concurrent_turns,
+            settings.slow_client_timeout_s,
+        )
+        self._services = register(server, chat_servicer, SessionServicer(edge, self._sessions))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        if settings.reflection:
+            names = (*self._services, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, server)
+        self.port = self._bind(server)
+        await server.start()
+        self._server = server
+        await self.set_serving(True)
+        log.info("gateway listens on port %d", self.port)
+
+    async def set_serving(self, is_serving: bool) -> None:
+        """What health says, for the server as a whole and for each service."""
+        state = health_pb2.HealthCheckResponse.SERVING if is_serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for service in ("", *self._services):
+            await self._health.set(service, state)
+
+    async def stop(self) -> None:
+        """Says NOT_SERVING, takes no new calls, lets running ones end within drain_timeout_s, then cancels them."""
+        server, self._server = self._server, None
+        if server is not None:
+            await self._health.enter_graceful_shutdown()
+            await server.stop(self._settings.drain_timeout_s)
+
+    def _bind(self, server: grpc.aio.Server) -> int:
+        host = f"[{self._settings.host}]" if ":" in self._settings.host else self._settings.host
+        address = f"{host}:{self._settings.port}"
+        try:
+            if self._settings.tls is not None:
+                return server.add_secure_port(address, server_credentials(self._settings.tls))
+            if self._settings.host not in _LOOPBACK:
+                log.warning("gateway is reachable from other machines without TLS")
+            return server.add_insecure_port(address)
+        except RuntimeError as error:
+            problem = f"cannot listen on {address}: is it in use, are the TLS files good?"
+            raise InvalidSettings(f"gateway.port: {problem}") from error
+
+
+def channel_options(settings: GatewaySettings) -> list[tuple[str, int]]:
+    """gRPC's own options for the limits and keepalive of the settings."""
+
+    def milliseconds(seconds: float) -> int:
+        return int(seconds * 1000)
+
+    return [
+        ("grpc.max_receive_message_length", settings.max_request_bytes),
+        ("grpc.max_send_message_length", settings.max_response_bytes),
+        ("grpc.keepalive_time_ms", milliseconds(settings.keepalive_interval_s)),
+        ("grpc.keepalive_timeout_ms", milliseconds(settings.keepalive_timeout_s)),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", milliseconds(settings.keepalive_min_interval_s)),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", milliseconds(settings.keepalive_min_interval_s)),
+        ("grpc.max_connection_age_ms", milliseconds(settings.max_connection_age_s)),
+        ("grpc.max_connection_age_grace_ms", milliseconds(settings.max_connection_age_grace_s)),
+        ("grpc.so_reuseport", int(settings.reuse_port)),
+    ]
+
+
+def server_credentials(tls: TlsSettings) -> grpc.ServerCredentials:
+    """TLS from PEM files; mutual if there is a CA for clients. Raises InvalidSettings if one cannot be read."""
+    authority = None if tls.client_ca_file is None else _read("client_ca_file", tls.client_ca_file)
+    pair = (_read("key_file", tls.key_file), _read("cert_file", tls.cert_file))
+    return grpc.ssl_server_credentials([pair], authority, require_client_auth=authority is not None)
+
+
+def _read(key: str, path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InvalidSettings(f"gateway.tls.{key}: {path}: {error.strerror}") from error
