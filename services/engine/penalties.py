@@ -1,7 +1,9 @@
 """Logit bias and the three penalties, in place, for the rows that ask for them; the others cost nothing.
 
-Only the logits of the tokens concerned are gathered and written back, so the work grows with the number of distinct
-tokens, not with the vocabulary. Shape letters: B rows, V vocabulary.
+Only the logits of the tokens concerned are gathered and written back, so the work grows with the text, not with the
+vocabulary. Ids may come as lists or as numpy arrays; the latter save the conversion.
+
+Shape letters: B rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ def apply_penalties(logits_BV: Tensor, rows: Sequence[SamplingRow]) -> None:
         [
             (i, row)
             for i, row in enumerate(rows)
-            if row.output_token_ids and (row.params.presence_penalty != 0.0 or row.params.frequency_penalty != 0.0)
+            if len(row.output_token_ids) and (row.params.presence_penalty != 0.0 or row.params.frequency_penalty != 0.0)
         ],
     )
 
@@ -56,7 +58,8 @@ def require_in_vocabulary(field: str, token_ids: Sequence[int], vocab_size: int)
 def _apply_repetition(logits_BV: Tensor, rows: Sequence[tuple[int, SamplingRow]]) -> None:
     if not rows:
         return
-    seen = [np.unique(np.concatenate([_as_array(r.prompt_token_ids), _as_array(r.output_token_ids)])) for _, r in rows]
+    # A token that occurs twice is written twice with the same value: cheaper than finding the distinct ones.
+    seen = [np.concatenate([_as_array(row.prompt_token_ids), _as_array(row.output_token_ids)]) for _, row in rows]
     index = _index(rows, seen).to(logits_BV.device)
     penalties = np.repeat([row.params.repetition_penalty for _, row in rows], [len(ids) for ids in seen])
     penalty = torch.from_numpy(penalties).float().to(logits_BV.device)
