@@ -54,9 +54,9 @@ def read_tokens(path: Path) -> dict[str, str]:
     try:
         mode = path.stat().st_mode
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        # not the parser's own message: it quotes the secret
-        raise InvalidSettings(f"gateway.auth_tokens_file: {path} cannot be read as YAML") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        # the parser's own message quotes the secret, so it does not even travel as a cause
+        raise InvalidSettings(f"gateway.auth_tokens_file: {path} cannot be read as YAML") from None
     if mode & (stat.S_IRWXO | stat.S_IWGRP):
         raise InvalidSettings(f"gateway.auth_tokens_file: {path} is open to others; chmod 600 it")
     if not isinstance(document, dict) or not document:
