@@ -34,6 +34,16 @@ class AntiphonError(Exception):
 
     reason: ClassVar[str] = "INTERNAL"
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # The default calls the constructor with the formatted text alone: wrong where it takes other arguments.
+        return _rebuild, (type(self), self.args, vars(self))
+
+
+def _rebuild(kind: type[AntiphonError], args: tuple[object, ...], attributes: dict[str, object]) -> AntiphonError:
+    error = kind.__new__(kind, *args)
+    vars(error).update(attributes)
+    return error
+
 
 class InvalidRequest(AntiphonError):
     """A field of a request has a value that cannot be served.
@@ -174,14 +184,6 @@ class TransferFailed(AntiphonError):
         self.cause = cause
         self.message = message
         self.must_quarantine = must_quarantine
-
-    def __reduce__(self) -> tuple[object, ...]:
-        # The default calls the constructor with the formatted text alone, and fails when the error crosses processes.
-        return _rebuild_transfer_failed, (self.cause, self.message, self.must_quarantine)
-
-
-def _rebuild_transfer_failed(cause: str, message: str, must_quarantine: bool) -> TransferFailed:
-    return TransferFailed(cause, message, must_quarantine=must_quarantine)
 
 
 class DeadlineExceeded(AntiphonError):

@@ -1,3 +1,5 @@
+import pickle
+
 import pytest
 from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
@@ -47,6 +49,12 @@ def test_every_error_has_a_row_and_an_example() -> None:
     kinds = set(all_errors())
     assert kinds == set(TABLE)
     assert kinds == {type(each) for each in EXAMPLES + SECRETIVE}
+
+
+@pytest.mark.parametrize("error", EXAMPLES + SECRETIVE, ids=lambda error: type(error).__name__)
+def test_an_error_survives_the_way_between_processes(error: errors.AntiphonError) -> None:
+    back = pickle.loads(pickle.dumps(error))  # noqa: S301  # what Ray does
+    assert (type(back), str(back), vars(back)) == (type(error), str(error), vars(error))
 
 
 def test_reasons_are_unique() -> None:
