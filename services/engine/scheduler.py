@@ -151,7 +151,8 @@ class Scheduler:
     def finish(self, seq_id: str, reason: FinishReason) -> bool:
         """Ends a sequence for a reason found outside, such as a stop string; False if it is not (or no longer) here.
 
-        A sequence that keeps its blocks keeps them for STOP and LENGTH only.
+        A sequence that keeps its blocks keeps them for STOP and LENGTH only; while a step is open the runner may still
+        be writing to them.
         """
         seq = self._running.get(seq_id) or self._waiting.get(seq_id)
         if seq is None:
