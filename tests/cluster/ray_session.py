@@ -36,8 +36,8 @@ with warnings.catch_warnings():
 
 
 @contextmanager
-def local_ray(num_cpus: int = 2) -> Iterator[None]:
-    """A running Ray with num_cpus and a 100 MB object store; joins the one that this process has started already."""
+def local_ray(num_cpus: int = 2, object_store_bytes: int = 100 * 2**20) -> Iterator[None]:
+    """A running Ray of one node; joins the one that this process has started already."""
     if ray.is_initialized():
         yield
         return
@@ -46,7 +46,7 @@ def local_ray(num_cpus: int = 2) -> Iterator[None]:
     try:
         ray.init(
             num_cpus=num_cpus,
-            object_store_memory=100 * 2**20,
+            object_store_memory=object_store_bytes,
             include_dashboard=False,
             log_to_driver=False,
             _temp_dir=temp_dir,

@@ -21,11 +21,12 @@ BLOCK_SIZE = SHAPE[2]
 MODEL = "model"
 
 
-def random_pool(seed: int, dtype: torch.dtype = torch.bfloat16, shape: tuple[int, ...] = SHAPE) -> torch.Tensor:
+def random_pool(seed: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """A pool of random bytes (not all of them are numbers, which a transfer must not mind)."""
     generator = torch.Generator().manual_seed(seed)
     item_bytes = torch.empty(0, dtype=dtype).element_size()
-    random_bytes = torch.randint(0, 256, (*shape[:-1], shape[-1] * item_bytes), dtype=torch.uint8, generator=generator)
+    shape = (*SHAPE[:-1], SHAPE[-1] * item_bytes)
+    random_bytes = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
     return random_bytes.view(dtype)
 
 
@@ -80,7 +81,7 @@ class Replica:
 
     async def read(self, block_ids: Sequence[int]) -> list[bytes]:
         """The bytes of blocks."""
-        return [self.pool[i].view(torch.uint8).numpy().tobytes() for i in block_ids]
+        return [self.pool[i].view(torch.uint8).cpu().numpy().tobytes() for i in block_ids]
 
     async def write(self, block_id: int, content: bytes) -> None:
         """Overwrite a block, whoever holds it."""
@@ -104,12 +105,19 @@ class Replica:
 class RdtReplica(Replica):
     """A replica whose transfer is Ray Direct Transport; lives in an actor or a Serve replica."""
 
-    def __init__(self, seed: int, dtype: str = "bfloat16", shape: tuple[int, ...] = SHAPE, **options: Any) -> None:
+    def __init__(self, seed: int, dtype: str = "bfloat16", device: str = "cpu", **options: Any) -> None:
         from services.transfer.rdt import RdtTransfer
 
-        pool = random_pool(seed, getattr(torch, dtype), shape)
+        pool = random_pool(seed, getattr(torch, dtype)).to(device)
         identity = Identity(f"replica-{seed}", f"incarnation-{seed}-{os.getpid()}")
         super().__init__(pool, RdtTransfer(pool, model=MODEL, identity=identity, **options))
+
+    async def add_on_gpu(self, block_ids: Sequence[int]) -> None:
+        """Give the GPU long work that ends in new block contents, and do not wait for it."""
+        busy = torch.randn(4096, 4096, device=self.pool.device)
+        for _ in range(20):
+            busy = busy @ busy
+        self.pool.view(torch.uint8)[block_ids] += (busy[0, 0] * 0 + 1).nan_to_num(1).to(torch.uint8)
 
     async def num_ray_entries(self) -> tuple[int, int]:
         """What Ray remembers here: references with metadata, and published objects."""
