@@ -315,8 +315,9 @@ class Scheduler:
     def _admit_waiting(self, num_tokens_left: int, guaranteed: int) -> list[Sequence]:
         """Lets waiting sequences run, in order, as far as tokens and blocks allow."""
         admitted: list[Sequence] = []
-        num_promised = self._num_promised_blocks() if self._waiting else 0
-        while self._waiting and len(self._running) < self.config.max_num_sequences:
+        max_running = self.config.max_num_sequences
+        num_promised = self._num_promised_blocks() if self._waiting and len(self._running) < max_running else 0
+        while self._waiting and len(self._running) < max_running:
             seq = next(iter(self._waiting.values()))
             if not self._admit(seq, num_tokens_left, guaranteed, num_promised):
                 break
