@@ -21,7 +21,7 @@ from redis.maint_notifications import MaintNotificationsConfig
 from services.common.errors import InvalidSettings
 
 ACL_COMMANDS = (
-    *("ping", "select", "client|setinfo", "evalsha", "script|load", "time"),
+    *("ping", "select", "evalsha", "script|load", "time"),
     *("hget", "hgetall", "hvals", "hset", "hdel", "hincrby", "rpush", "lindex", "lrange", "exists", "del", "pexpireat"),
     *("zadd", "zrem", "zrangebyscore", "zrevrange", "zrevrangebyscore"),
 )
@@ -83,6 +83,7 @@ def connect(settings: RedisSettings) -> Redis:
     sentinel = Sentinel(settings.sentinels, sentinel_kwargs=sentinel_options, **options)  # type: ignore[no-untyped-call]
     client: Redis = sentinel.master_for(
         settings.master_name,
+        redis_class=_SentinelClient,
         connection_pool_class=_BlockingSentinelPool,
         max_connections=settings.max_connections,
         timeout=POOL_WAIT_S,
@@ -92,6 +93,15 @@ def connect(settings: RedisSettings) -> Redis:
 
 class _BlockingSentinelPool(SentinelConnectionPool, BlockingConnectionPool):
     """redis-py's own pool for Sentinel fails at once when all its connections are in use."""
+
+
+class _SentinelClient(Redis):
+    """Closes its connections to the Sentinels too; redis-py leaves them to whoever made the Sentinel object."""
+
+    async def aclose(self, close_connection_pool: bool | None = None) -> None:
+        await super().aclose(close_connection_pool)
+        assert isinstance(self.connection_pool, SentinelConnectionPool)
+        await self.connection_pool.sentinel_manager.aclose()
 
 
 def _from_url(settings: RedisSettings, options: dict[str, Any]) -> Redis:
@@ -115,7 +125,8 @@ def _options(settings: RedisSettings) -> dict[str, Any]:
         "socket_connect_timeout": settings.timeout_s,
         "retry": Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), 3),
         "health_check_interval": 15,
-        # Notices of Redis Cloud: a handshake at every connection for what we do not use.
+        # Two handshakes at every connection, for a client's name and for notices that only Redis Cloud sends.
+        "driver_info": None,
         "maint_notifications_config": MaintNotificationsConfig(enabled=False),
     }
     if settings.uses_tls:

@@ -86,9 +86,9 @@ async def test_heartbeat_of_one_sweeps_what_is_left_of_the_dead(
 ) -> None:
     await registry.heartbeat(DECODE, TINY_S)
     await asyncio.sleep(2 * TINY_S)
-    await registry.heartbeat(PREFILL, TINY_S)
+    await registry.heartbeat(PREFILL, 0.5)
     assert await client.hlen(keyspace.replicas) == 1
-    await asyncio.sleep(2 * TINY_S)
+    await asyncio.sleep(0.6)
     assert await client.exists(keyspace.replicas) == 0
 
 
