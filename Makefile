@@ -24,10 +24,14 @@ lint: venv  ## style, types, who may import whom, generated code in sync
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python scripts/generate_protos.py --check
 
 format: venv  ## what the linter can mend by itself
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+protos: venv  ## generated stubs from protos/
+	$(BIN)/python scripts/generate_protos.py
 
 clean:  ## remove what the commands above made
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

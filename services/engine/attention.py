@@ -1,0 +1,181 @@
+"""Multi-head latent attention (DeepSeek-V2, section 2.1) over paged blocks.
+
+Two paths over the same cache:
+    expanded   keys and values of each head are made from the latents: fewer FLOPs a query, for prefill
+    absorbed   kv_b_proj is folded into query and output, so all heads share one read of the latents: for decode
+Which one a chunk takes follows from its length: expanding the history costs what `absorb_below` queries save.
+
+Shapes: T tokens of the batch, D model, H heads, N nope, R rope, V value, C latent, Q queries of a chunk, S context.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from services.engine.batch import Batch, Span
+from services.engine.config import LATENT_NORM_EPS, ModelConfig
+from services.engine.kv_cache import KVCache
+from services.engine.layers import Linear, RMSNorm
+from services.engine.rotary import rotate, softmax_scale
+
+
+class Projections(nn.Module):
+    """The weights of one attention layer, by the checkpoint's names, and what they compute."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__()
+        self.config = config
+        heads, size = config.num_attention_heads, config.hidden_size
+        if config.q_lora_rank is None:
+            self.q_proj = Linear(size, heads * config.qk_head_dim, dtype, device)
+        else:
+            self.q_a_proj = Linear(size, config.q_lora_rank, dtype, device)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS, dtype, device)
+            self.q_b_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim, dtype, device)
+        self.kv_a_proj_with_mqa = Linear(size, config.kv_lora_rank + config.qk_rope_head_dim, dtype, device)
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS, dtype, device)
+        self.kv_b_proj = Linear(
+            config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), dtype, device
+        )
+        self.o_proj = Linear(heads * config.v_head_dim, size, dtype, device)
+
+    def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x [T, D] to roped queries [T, H, N + R]."""
+        config = self.config
+        if config.q_lora_rank is None:
+            q = self.q_proj(x)
+        else:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        q = q.unflatten(-1, (config.num_attention_heads, -1))
+        nope, rope = q.split((config.qk_nope_head_dim, config.qk_rope_head_dim), dim=-1)
+        return torch.cat((nope, rotate(rope, cos, sin)), dim=-1)
+
+    def latents(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x [T, D] to [T, C + R]: the normed latent and the roped key that all heads share."""
+        config = self.config
+        latent, rope = self.kv_a_proj_with_mqa(x).split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
+        return torch.cat((self.kv_a_layernorm(latent), rotate(rope, cos, sin)), dim=-1)
+
+    def expand(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """[S, C + R] to keys [S, H, N + R] and values [S, H, V]."""
+        config = self.config
+        latent, rope = latents.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
+        expanded = self.kv_b_proj(latent).unflatten(-1, (config.num_attention_heads, -1))
+        nope, values = expanded.split((config.qk_nope_head_dim, config.v_head_dim), dim=-1)
+        rope = rope.unsqueeze(1).expand(-1, config.num_attention_heads, -1)
+        return torch.cat((nope, rope), dim=-1), values
+
+    def absorb_weights(self) -> tuple[Tensor, Tensor]:
+        """kv_b_proj as key weights [H, N, C] and value weights [H, V, C]: views."""
+        config = self.config
+        by_head = self.kv_b_proj.weight.unflatten(0, (config.num_attention_heads, -1))
+        keys, values = by_head.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)
+        return keys, values
+
+
+class Attention(Protocol):
+    """How queries meet the cache. Two implementations: one a cache mode."""
+
+    def attend(self, layer: int, projections: Projections, q: Tensor, latents: Tensor, batch: Batch) -> Tensor:
+        """Stores the batch's new rows in the cache and attends. q [T, H, N+R], latents [T, C+R]; returns [T, H, V]."""
+        ...
+
+
+class NaiveAttention:
+    """Cache of each head's keys and values: the reference, many times the memory."""
+
+    def __init__(self, config: ModelConfig, cache: KVCache) -> None:
+        self._config = config
+        self._cache = cache
+        self._scale = softmax_scale(config)
+
+    def attend(self, layer: int, projections: Projections, q: Tensor, latents: Tensor, batch: Batch) -> Tensor:
+        config, heads = self._config, self._config.num_attention_heads
+        keys, values = projections.expand(latents)
+        rows = torch.cat((keys.flatten(1), values.flatten(1)), dim=-1)
+        self._cache.write(layer, batch.blocks, batch.offsets, rows)
+        outputs = []
+        for span in batch.spans:
+            held = self._cache.read(layer, span.block_ids, span.context_len)
+            k, v = held.split((heads * config.qk_head_dim, heads * config.v_head_dim), dim=-1)
+            k, v = k.unflatten(-1, (heads, -1)), v.unflatten(-1, (heads, -1))
+            outputs.append(causal_attention(_rows(q, span), k, v, self._scale))
+        return torch.cat(outputs)
+
+
+class LatentAttention:
+    """Cache of latents: expanded for long chunks, absorbed for short ones."""
+
+    def __init__(self, config: ModelConfig, cache: KVCache) -> None:
+        self._cache = cache
+        self._rank = config.kv_lora_rank
+        self._scale = softmax_scale(config)
+        self._absorb_below = absorb_below(config)
+
+    def attend(self, layer: int, projections: Projections, q: Tensor, latents: Tensor, batch: Batch) -> Tensor:
+        self._cache.write(layer, batch.blocks, batch.offsets, latents)
+        outputs = []
+        for span in batch.spans:
+            if span.num_tokens == span.context_len and self._cache.layout.kv_dtype != "fp8":
+                held = _rows(latents, span)  # nothing before it: no need to read back what was just written
+            else:
+                held = self._cache.read(layer, span.block_ids, span.context_len)
+            if span.num_tokens < self._absorb_below:
+                outputs.append(self._absorbed(projections, _rows(q, span), held))
+            else:
+                outputs.append(causal_attention(_rows(q, span), *projections.expand(held), self._scale))
+        return torch.cat(outputs)
+
+    def _absorbed(self, projections: Projections, q: Tensor, held: Tensor) -> Tensor:
+        """q [Q, H, N+R], held [S, C+R] to [Q, H, V]: multi-query attention in latent space."""
+        key_weights, value_weights = projections.absorb_weights()
+        num_queries, num_heads = q.shape[:2]
+        nope = key_weights.shape[1]
+        # Head by head for one token: a small product each, and no copy of the weights.
+        q_latent = torch.bmm(q[..., :nope].transpose(0, 1), key_weights).transpose(0, 1)
+        q_full = torch.cat((q_latent, q[..., nope:]), dim=-1).flatten(0, 1)
+        scores = (q_full @ held.T).float() * self._scale
+        if num_queries > 1:
+            mask = _causal_mask(num_queries, held.shape[0], held.device)
+            scores = scores.unflatten(0, (num_queries, num_heads)).masked_fill(~mask.unsqueeze(1), float("-inf"))
+            scores = scores.flatten(0, 1)
+        u = scores.softmax(dim=-1).to(held.dtype) @ held[:, : self._rank]
+        u = u.unflatten(0, (num_queries, num_heads)).transpose(0, 1)
+        return torch.bmm(u, value_weights.transpose(1, 2)).transpose(0, 1)
+
+
+def absorb_below(config: ModelConfig) -> int:
+    """Queries up to which absorbing costs fewer FLOPs than expanding the context.
+
+    A context token costs C(N+V) to expand and N+R+V a query after that, or 2C+R a query absorbed (per head, times 2).
+    """
+    saved = 2 * config.kv_lora_rank - config.qk_nope_head_dim - config.v_head_dim
+    if saved <= 0:
+        return 2**31
+    return max(2, config.kv_lora_rank * (config.qk_nope_head_dim + config.v_head_dim) // saved)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """q [Q, H, N+R] are the last Q of S positions; k [S, H, N+R], v [S, H, V]. Returns [Q, H, V]."""
+    value_dim = v.shape[-1]
+    if q.device.type == "cpu":
+        v = F.pad(v, (0, q.shape[-1] - value_dim)) if value_dim < q.shape[-1] else v  # the fused kernel wants it equal
+    q, k, v = (each.transpose(0, 1).unsqueeze(0) for each in (q, k, v))
+    is_whole = q.shape[2] == k.shape[2]
+    mask = None if is_whole or q.shape[2] == 1 else _causal_mask(q.shape[2], k.shape[2], q.device)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_whole and q.shape[2] > 1, scale=scale)
+    return out[0, :, :, :value_dim].transpose(0, 1)
+
+
+def _causal_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
+    """[Q, S] bool: the last query sees everything, the one before one less, and so on."""
+    ones = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
+    return ones.tril_(num_keys - num_queries)
+
+
+def _rows(x: Tensor, span: Span) -> Tensor:
+    return x[span.start : span.start + span.num_tokens]

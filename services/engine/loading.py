@@ -1,0 +1,103 @@
+"""From settings to a running engine: device, weights, and a block pool that fits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from services.common.errors import InvalidSettings
+from services.common.settings import EngineSettings, ModelSettings
+from services.engine.block_pool import BlockPool
+from services.engine.config import ModelConfig
+from services.engine.engine import Engine
+from services.engine.hub import resolve_model
+from services.engine.kv_cache import KVCache, KVLayout
+from services.engine.model import DeepseekForCausalLM
+from services.engine.runner import Runner
+from services.engine.scheduler import Scheduler, SchedulerConfig
+from services.engine.weights import Progress, dummy_weights, load_weights
+
+_CPU_CACHE_BYTES = 256 * 2**20
+# Kept free on a GPU for activations and the libraries' workspaces.
+_GPU_SPARE_BYTES = 2 * 2**30
+
+
+def load_engine(
+    model: ModelSettings, engine: EngineSettings, eos_token_ids: tuple[int, ...] = (), progress: Progress | None = None
+) -> Engine:
+    """Loads a model. eos_token_ids: empty takes the config's. Raises InvalidCheckpoint, UnsupportedConfig or
+    InvalidSettings."""
+    folder = resolve_model(model.path)
+    config = ModelConfig.from_folder(folder)
+    device = _device(engine.device)
+    dtype = compute_dtype(model.dtype, config, device)
+    if engine.num_threads is not None and device.type == "cpu":
+        torch.set_num_threads(engine.num_threads)
+    kv_dtype = str(dtype).removeprefix("torch.") if model.kv_dtype == "auto" else model.kv_dtype
+    layout = KVLayout.of(config, model.cache_mode, kv_dtype, engine.block_size)
+    network = _network(config, folder, model, dtype, device, progress)
+    max_seq_len = model.max_seq_len or config.max_position_embeddings
+    cache = KVCache(layout, _num_blocks(engine, layout, device), device, dtype)
+    scheduler = Scheduler(
+        SchedulerConfig(
+            max_num_batched_tokens=engine.max_num_batched_tokens,
+            max_num_sequences=engine.max_num_sequences,
+            max_seq_len=max_seq_len,
+            max_num_waiting=engine.max_num_waiting,
+        ),
+        BlockPool(cache.pool.shape[0], engine.block_size),
+    )
+    runner = Runner(network, cache, max_seq_len, device)
+    eos = eos_token_ids or config.eos_token_ids
+    return Engine(runner, scheduler, eos, prefix_caching=engine.prefix_caching)
+
+
+def compute_dtype(name: str, config: ModelConfig, device: torch.device) -> torch.dtype:
+    """auto: the checkpoint's on a GPU. On a CPU float32, so that the same text gives the same tokens however its
+    computation is cut into chunks and batches."""
+    if name == "auto":
+        name = "float32" if device.type == "cpu" else config.torch_dtype
+    if name not in ("float32", "bfloat16", "float16"):
+        raise InvalidSettings(f"model.dtype: {name!r} is not one of float32, bfloat16, float16")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _network(
+    config: ModelConfig,
+    folder: Path,
+    model: ModelSettings,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress | None,
+) -> DeepseekForCausalLM:
+    network = DeepseekForCausalLM(config, dtype, device).eval()
+    if model.load_format == "dummy":
+        dummy_weights(network, model.seed)
+    else:
+        load_weights(network, folder, progress)
+    return network
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InvalidSettings("engine.device: there is no CUDA device here; use cpu")
+    return torch.device(name)
+
+
+def _num_blocks(engine: EngineSettings, layout: KVLayout, device: torch.device) -> int:
+    if engine.num_blocks is not None:
+        return engine.num_blocks
+    budget = engine.kv_cache_bytes
+    if budget is None and device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        budget = int(free - (1 - engine.memory_fraction) * total) - _GPU_SPARE_BYTES
+    num_blocks = (_CPU_CACHE_BYTES if budget is None else budget) // layout.bytes_per_block
+    if num_blocks < 1:
+        raise InvalidSettings(
+            f"engine.kv_cache_bytes: {budget} bytes hold no block of {layout.bytes_per_block} bytes; give more"
+        )
+    return num_blocks

@@ -1,0 +1,91 @@
+"""The model: embedding, layers, norm, head. One forward pass over a batch of chunks.
+
+h += attention(input_layernorm(h));  h += mlp(post_attention_layernorm(h));  logits = lm_head(norm(h))
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from services.engine.attention import Attention, Projections
+from services.engine.batch import Batch
+from services.engine.config import ModelConfig
+from services.engine.layers import MLP, Linear, RMSNorm
+from services.engine.moe import Experts, MoE
+from services.engine.rotary import RotaryEmbedding
+
+
+class DecoderLayer(nn.Module):
+    """One layer; its feed-forward is dense or a mixture of experts."""
+
+    def __init__(self, config: ModelConfig, index: int, dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.input_layernorm = RMSNorm(size, config.rms_norm_eps, dtype, device)
+        self.self_attn = Projections(config, dtype, device)
+        self.post_attention_layernorm = RMSNorm(size, config.rms_norm_eps, dtype, device)
+        is_moe = config.moe_layers[index]
+        self.mlp = MoE(config, dtype, device) if is_moe else MLP(size, config.intermediate_size, dtype, device)
+
+
+class Embedding(nn.Module):
+    """Token ids [T] to [T, D]."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__()
+        weight = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        return F.embedding(token_ids, self.weight)
+
+
+class Backbone(nn.Module):
+    """What the checkpoint calls `model`."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(config, dtype, device)
+        self.layers = nn.ModuleList(DecoderLayer(config, i, dtype, device) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
+
+
+class DeepseekForCausalLM(nn.Module):
+    """DeepSeek-V2 or V3. Weights are uninitialised until weights.py fills them."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Backbone(config, dtype, device)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, dtype, device)
+
+    def forward(self, batch: Batch, rotary: RotaryEmbedding, attention: Attention) -> Tensor:
+        """Computes the batch, stores its KV through `attention`; returns logits [len(batch.logits_rows), vocab]."""
+        cos, sin = rotary.at(batch.positions)
+        h = self.model.embed_tokens(batch.token_ids)
+        for index, layer in enumerate(self.model.layers):
+            x = layer.input_layernorm(h)
+            projections: Projections = layer.self_attn
+            q, latents = projections.queries(x, cos, sin), projections.latents(x, cos, sin)
+            attended = attention.attend(index, projections, q, latents, batch)
+            h = h + projections.o_proj(attended.flatten(1))
+            h = h + layer.mlp(layer.post_attention_layernorm(h))
+        h = self.model.norm(h.index_select(0, batch.logits_rows))
+        head = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+        return F.linear(h, head)
+
+    def checkpoint_views(self) -> dict[str, Tensor]:
+        """Where each tensor of the checkpoint goes, by its name there; views of the parameters."""
+        views: dict[str, Tensor] = {}
+        covered: set[str] = set()
+        for prefix, module in self.named_modules():
+            if isinstance(module, MLP | Experts):
+                views |= {f"{prefix}.{name}": view for name, view in module.checkpoint_views().items()}
+                covered.add(prefix + ".")
+        for name, parameter in self.named_parameters():
+            if not any(name.startswith(prefix) for prefix in covered):
+                views[name] = parameter.data
+        return views

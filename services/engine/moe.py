@@ -1,0 +1,111 @@
+"""Mixture of experts: the router chooses, the experts compute, the shared expert is always there.
+
+Shapes: T tokens, D model, E experts, K experts a token, M inner width of an expert.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from services.engine.config import ModelConfig
+from services.engine.layers import MLP
+
+
+class Router(nn.Module):
+    """Scores in fp32 and chooses K experts a token (DeepSeek-V2 section 2.1.2, DeepSeek-V3 section 2.1.2)."""
+
+    def __init__(self, config: ModelConfig, device: torch.device | str) -> None:
+        super().__init__()
+        self.config = config
+        experts = config.n_routed_experts
+        self.weight = nn.Parameter(
+            torch.empty(experts, config.hidden_size, dtype=torch.float32, device=device), requires_grad=False
+        )
+        self.e_score_correction_bias: nn.Parameter | None = None
+        if config.topk_method == "noaux_tc":
+            bias = torch.empty(experts, dtype=torch.float32, device=device)
+            self.e_score_correction_bias = nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [T, D] to expert ids [T, K] int64 and their weights [T, K] fp32."""
+        config = self.config
+        logits = F.linear(x.float(), self.weight)
+        scores = logits.sigmoid() if config.scoring_func == "sigmoid" else logits.softmax(dim=-1)
+        choice = scores if self.e_score_correction_bias is None else scores + self.e_score_correction_bias
+        if config.topk_method != "greedy" and config.topk_group < config.n_group:
+            choice = self._best_groups_only(choice)
+        ids = choice.topk(config.num_experts_per_tok, dim=-1, sorted=False).indices
+        weights = scores.gather(-1, ids)
+        if config.norm_topk_prob:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        return ids, weights * config.routed_scaling_factor
+
+    def _best_groups_only(self, choice: Tensor) -> Tensor:
+        """Puts experts outside the best topk_group groups at -inf, so that no kept one can lose to them."""
+        config = self.config
+        grouped = choice.unflatten(-1, (config.n_group, -1))
+        if config.topk_method == "noaux_tc":
+            group_scores = grouped.topk(2, dim=-1).values.sum(dim=-1)
+        else:
+            group_scores = grouped.amax(dim=-1)
+        kept = group_scores.topk(config.topk_group, dim=-1, sorted=False).indices
+        dropped = torch.ones_like(group_scores, dtype=torch.bool).scatter_(-1, kept, False)
+        return grouped.masked_fill(dropped.unsqueeze(-1), float("-inf")).flatten(-2)
+
+
+class Experts(nn.Module):
+    """All routed experts of a layer, their weights stacked: gate_up [E, 2M, D], down [E, D, M]."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__()
+        num, inner, size = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
+        self.gate_up = nn.Parameter(torch.empty(num, 2 * inner, size, dtype=dtype, device=device), requires_grad=False)
+        self.down = nn.Parameter(torch.empty(num, size, inner, dtype=dtype, device=device), requires_grad=False)
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """sum over k of weights[t, k] * expert ids[t, k](x[t]); accumulated in fp32, [T, D] in the dtype of x."""
+        num_tokens, top_k = ids.shape
+        flat = ids.flatten()
+        order = flat.argsort(stable=True)
+        counts = torch.bincount(flat, minlength=self.down.shape[0]).tolist()
+        tokens = order.div(top_k, rounding_mode="floor")
+        rows = x.index_select(0, tokens)
+        outputs, start = [], 0
+        for expert, count in enumerate(counts):
+            if count:
+                gate, up = F.linear(rows[start : start + count], self.gate_up[expert]).chunk(2, dim=-1)
+                outputs.append(F.linear(F.silu(gate) * up, self.down[expert]))
+                start += count
+        weighted = torch.cat(outputs).float() * weights.flatten()[order].unsqueeze(-1)
+        # Back to token order before summing: the sum then does not depend on what else is in the batch.
+        in_order = torch.empty_like(weighted).index_copy_(0, order, weighted)
+        return in_order.view(num_tokens, top_k, -1).sum(dim=1).to(x.dtype)
+
+    def checkpoint_views(self) -> dict[str, Tensor]:
+        """Where the checkpoint's tensors go, by their names below this module."""
+        views = {}
+        for expert in range(self.down.shape[0]):
+            gate, up = self.gate_up.data[expert].chunk(2, dim=0)
+            views[f"{expert}.gate_proj.weight"] = gate
+            views[f"{expert}.up_proj.weight"] = up
+            views[f"{expert}.down_proj.weight"] = self.down.data[expert]
+        return views
+
+
+class MoE(nn.Module):
+    """Routed experts plus the shared expert (one MLP of n_shared_experts times the width, neither gated nor scaled)."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__()
+        self.gate = Router(config, device)
+        self.experts = Experts(config, dtype, device)
+        self.shared_experts: MLP | None = None
+        if config.n_shared_experts:
+            inner = config.n_shared_experts * config.moe_intermediate_size
+            self.shared_experts = MLP(config.hidden_size, inner, dtype, device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        routed: Tensor = self.experts(x, *self.gate(x))
+        return routed if self.shared_experts is None else routed + self.shared_experts(x)
