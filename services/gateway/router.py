@@ -1,0 +1,214 @@
+"""Which decode replica runs a turn, and why: a pure function of what the registry, the session and the gateway know.
+
+The cost of a replica is the time to the turn's first token there, in milliseconds:
+
+    wait       tokens that stand before the turn / rate at which the replica computes them
+    transfer   bytes of history that another replica holds and this one lacks / measured transfer rate
+    prefill    tokens that nobody holds / prefill rate
+    memory     the time to evict or preempt: grows as the free blocks run short of what the turn needs
+
+Ties go to the replica with the longest prefix, then the lower load. Rates that nobody has measured yet are assumed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from services.common.errors import Unavailable
+from services.common.messages import Candidate, RoutingDecision, RoutingReason
+from services.common.settings import RoutingSettings
+from services.sessions.base import Holder
+from services.sessions.registry import ReplicaRecord
+
+ASSUMED_PREFILL_TOKENS_PER_S = 2000.0
+ASSUMED_DECODE_TOKENS_PER_S = 200.0
+ASSUMED_TRANSFER_BYTES_PER_S = 2e9
+TRANSFER_OVERHEAD_MS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingQuestion:
+    """What is asked of the router.
+
+    session_digest: the same for every turn of a session (the hash policy's key). num_prompt_tokens: history and new
+    ones. kv_token_bytes: cache bytes of one token. pending_tokens: prompt tokens that this gateway has sent to each
+    replica and that still wait for their first token. excluded: replicas that have just failed or refused this turn,
+    and which of the two.
+    """
+
+    session_digest: str
+    num_prompt_tokens: int
+    holders: Sequence[Holder] = ()
+    kv_token_bytes: int = 0
+    pending_tokens: Mapping[str, int] | None = None
+    excluded: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LiveHolder:
+    """A holder whose very process is registered. address: of its DecodeService."""
+
+    holder: Holder
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """The decision, the chosen replica's record, and the holders that live, longest prefix first.
+
+    num_held_tokens: leading prompt tokens whose KV the chosen replica is believed to hold. num_cached_tokens: those
+    that it holds or can fetch.
+    """
+
+    decision: RoutingDecision
+    record: ReplicaRecord
+    live_holders: tuple[LiveHolder, ...]
+    num_held_tokens: int
+    num_cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Scored:
+    record: ReplicaRecord
+    num_held_tokens: int
+    load_tokens: int
+    cost_ms: float
+
+    def candidate(self, note: str = "") -> Candidate:
+        """As people and clients see it."""
+        record = self.record
+        return Candidate(
+            record.replica_id,
+            self.num_held_tokens,
+            record.num_running_tokens,
+            record.num_waiting_tokens,
+            record.num_free_blocks,
+            round(self.cost_ms, 3),
+            note,
+        )
+
+
+def choose(
+    question: RoutingQuestion,
+    records: Sequence[ReplicaRecord],
+    settings: RoutingSettings,
+    rng: random.Random | None = None,
+) -> Route:
+    """The replica for a turn. Raises Unavailable if no decode replica is there to take it.
+
+    Changes nothing, so a dry run is the same call. rng: for policy random.
+    """
+    holders = live_holders(question.holders, records)
+    # The last prompt token is always computed: its logits give the first token of the reply.
+    most = question.num_prompt_tokens - 1
+    held = {each.holder.replica_id: min(each.holder.num_computed_tokens, most) for each in holders}
+    best_held = max(held.values(), default=0)
+    notes = {record.replica_id: _why_not(record, question) for record in records}
+    scored = [_score(record, question, held.get(record.replica_id, 0), best_held, settings) for record in records]
+    usable = [each for each in scored if not notes[each.record.replica_id]]
+    if not usable:
+        raise Unavailable("no decode replica can take the turn now")
+    if settings.policy == "cost":
+        chosen = min(usable, key=_preference)
+    elif settings.policy == "consistent_hash":
+        chosen = max(usable, key=lambda each: _rendezvous(question.session_digest, each.record.replica_id))
+    else:
+        chosen = (rng or random.Random()).choice(usable)
+    reason, detail = _reason(chosen, usable, question, holders, settings)
+    decision = RoutingDecision(
+        chosen.record.replica_id,
+        reason,
+        detail,
+        settings.policy,
+        tuple(each.candidate(notes[each.record.replica_id]) for each in scored),
+    )
+    return Route(decision, chosen.record, holders, chosen.num_held_tokens, best_held)
+
+
+def live_holders(holders: Sequence[Holder], records: Sequence[ReplicaRecord]) -> tuple[LiveHolder, ...]:
+    """The holders whose very process is registered, longest prefix first."""
+    addresses = {(record.replica_id, record.incarnation): record.address for record in records}
+    living = (
+        LiveHolder(holder, addresses[(holder.replica_id, holder.incarnation)])
+        for holder in holders
+        if (holder.replica_id, holder.incarnation) in addresses
+    )
+    return tuple(sorted(living, key=lambda each: (-each.holder.num_computed_tokens, each.holder.replica_id)))
+
+
+def _why_not(record: ReplicaRecord, question: RoutingQuestion) -> str:
+    if record.is_draining:
+        return "is draining"
+    return (question.excluded or {}).get(record.replica_id, "")
+
+
+def _score(
+    record: ReplicaRecord, question: RoutingQuestion, num_held: int, best_held: int, settings: RoutingSettings
+) -> _Scored:
+    prefill_rate = record.prefill_tokens_per_s or ASSUMED_PREFILL_TOKENS_PER_S
+    decode_rate = record.decode_tokens_per_s or ASSUMED_DECODE_TOKENS_PER_S
+    transfer_rate = record.transfer_bytes_per_s or ASSUMED_TRANSFER_BYTES_PER_S
+    # What a heartbeat says is part of what was sent, or the other way round: their sum would count it twice.
+    waiting = max(record.num_waiting_tokens, (question.pending_tokens or {}).get(record.replica_id, 0))
+    # Every running sequence takes its turn in each step: one more step of each is what a newcomer waits for.
+    wait_ms = (waiting / prefill_rate + record.num_running / decode_rate) * 1e3
+    num_fetched = max(best_held - num_held, 0)
+    fetch_ms = (
+        TRANSFER_OVERHEAD_MS + num_fetched * question.kv_token_bytes / transfer_rate * 1e3 if num_fetched else 0.0
+    )
+    num_missing = question.num_prompt_tokens - num_held - num_fetched
+    prefill_ms = num_missing / prefill_rate * 1e3
+    needed_blocks = -(-(question.num_prompt_tokens - num_held) // record.block_size)
+    num_short = max(needed_blocks - record.num_free_blocks, 0)
+    memory_ms = num_short * record.block_size / prefill_rate * 1e3
+    cost_ms = (
+        settings.queue_weight * wait_ms
+        + settings.transfer_weight * fetch_ms
+        + prefill_ms
+        + settings.memory_weight * memory_ms
+    )
+    return _Scored(record, num_held, waiting + record.num_running_tokens, cost_ms)
+
+
+def _preference(scored: _Scored) -> tuple[float, int, int, str]:
+    return (round(scored.cost_ms, 3), -scored.num_held_tokens, scored.load_tokens, scored.record.replica_id)
+
+
+def _rendezvous(key: str, replica_id: str) -> bytes:
+    """Highest random weight (Thaler, Ravishankar 1996): a replica that leaves moves its own sessions only."""
+    return hashlib.blake2b(f"{key}\0{replica_id}".encode(), digest_size=8).digest()
+
+
+def _reason(
+    chosen: _Scored,
+    usable: Sequence[_Scored],
+    question: RoutingQuestion,
+    holders: Sequence[LiveHolder],
+    settings: RoutingSettings,
+) -> tuple[RoutingReason, str]:
+    """Why the choice fell as it did, for programs and for people."""
+    name, held = chosen.record.replica_id, chosen.num_held_tokens
+    if settings.policy == "consistent_hash":
+        return RoutingReason.CONSISTENT_HASH, f"the session's hash points to {name}"
+    if settings.policy == "random":
+        return RoutingReason.RANDOM, f"{name} was drawn"
+    best = max(usable, key=lambda each: each.num_held_tokens)
+    prompt = question.num_prompt_tokens
+    if held and held >= best.num_held_tokens:
+        return RoutingReason.HELD_PREFIX, f"{name} holds {held} of {prompt} tokens: {chosen.cost_ms:.1f} ms"
+    if best.num_held_tokens:
+        other = (
+            f"{best.record.replica_id} holds {best.num_held_tokens} of {prompt} tokens but costs {best.cost_ms:.1f} ms"
+        )
+        return RoutingReason.HOLDER_OVERLOADED, f"{other}; {name} costs {chosen.cost_ms:.1f} ms"
+    if holders:  # it lives, and may not be used
+        name = holders[0].holder.replica_id
+        note = (question.excluded or {}).get(name) or "is draining"
+        return RoutingReason.HOLDER_OVERLOADED, f"{name} holds the history and {note}"
+    if question.holders:
+        gone = question.holders[0].replica_id
+        return RoutingReason.HOLDER_GONE, f"{gone} has left with the history; {name} is the cheapest"
+    return RoutingReason.NO_HOLDER, f"nobody holds any of it; {name} is the cheapest: {chosen.cost_ms:.1f} ms"

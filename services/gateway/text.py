@@ -1,0 +1,63 @@
+"""Text at the gateway: what it asks of the tokenizer deployment, and what it does itself.
+
+Detokenizing happens here, beside the client's stream: a call to another process for each token would cost more than the
+token. Templates and tokenizing, which may take long for a long text, happen there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from services.common.errors import InvalidRequest
+from services.common.messages import Message, ModelInfo
+from services.common.settings import ModelSettings
+from services.text.tokenizer import Tokenizer
+
+
+class Encoder(Protocol):
+    """Text to token ids. All methods raise InvalidRequest, PromptTooLong, and Unavailable if nobody can do it now."""
+
+    async def encode_turn(
+        self, messages: Sequence[Message], is_first_turn: bool, previous_turn_ended_with_eos: bool
+    ) -> list[int]:
+        """What a turn's new messages add to the journal."""
+        ...
+
+    async def tokenize(self, text: str) -> list[int]:
+        """Token ids of text as it is."""
+        ...
+
+
+class GatewayText:
+    """Implements pipeline_api.Text."""
+
+    def __init__(self, encoder: Encoder, tokenizer: Tokenizer, model: ModelInfo) -> None:
+        self._encoder = encoder
+        self._tokenizer = tokenizer
+        self._model = model
+
+    async def tokenize_chat(self, messages: Sequence[Message]) -> Sequence[int]:
+        """The first turn of a session."""
+        return await self._encoder.encode_turn(messages, True, True)
+
+    async def tokenize(self, text: str) -> Sequence[int]:
+        """No template and no special tokens."""
+        return await self._encoder.tokenize(text)
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Special tokens included."""
+        for index, token_id in enumerate(token_ids):
+            if token_id >= self._model.vocab_size:
+                raise InvalidRequest(f"token_ids[{index}]", f"must be below {self._model.vocab_size}, got {token_id}")
+        return self._tokenizer.decode(token_ids, skip_special_tokens=False)
+
+    async def model(self) -> ModelInfo:
+        """The model's card."""
+        return self._model
+
+
+def served_name(settings: ModelSettings) -> str:
+    """The model's name, as clients see it."""
+    return settings.served_name or Path(settings.path).name
