@@ -1,0 +1,197 @@
+"""Composition root: Settings -> Serve application graph, and all that has to run around it on one machine.
+
+The only place that binds deployments. `application` is the import path of a Serve config (deploy/serve/*.yaml);
+`serve_application` is what `antiphon serve` runs: session store, Ray and the application, gone again at its end.
+
+Import services.ray_environment and prepare the environment before this module: Ray reads it when it is imported.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import ray
+from ray import serve
+
+from services.common.errors import InvalidSettings, Unavailable
+from services.common.settings import DecodeSettings, PrefillSettings, Settings
+from services.decode.deployment import DecodeDeployment
+from services.gateway.deployment import GatewayDeployment
+from services.prefill.deployment import PrefillDeployment
+from services.ray_environment import check_environment
+from services.sessions.embedded import EmbeddedServer
+from services.tokenizer.deployment import TokenizerDeployment
+
+APP_NAME = "antiphon"
+OBJECT_STORE_BYTES = 100 * 2**20  # KV blocks do not go through it
+_HELPER_CPUS = 0.1  # of a gateway or tokenizer replica, for Ray's placement
+_SECRET_BYTES = 32
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class RunningApplication:
+    """The application, ready for turns. target: host:port of a gateway. settings: those that are in force."""
+
+    target: str
+    metrics_address: str
+    settings: Settings
+
+
+def application(args: dict[str, Any]) -> serve.Application:
+    """The application of a Serve config whose `args` are Settings. Environment variables override them."""
+    return build_app(Settings.from_mapping(args))
+
+
+def build_app(settings: Settings) -> serve.Application:
+    """The graph: gateway -> tokenizer, decode -> prefill. Raises InvalidSettings for what cannot work together."""
+    check_environment(os.environ)
+    if settings.sessions.store == "embedded" or settings.sessions.secret_file is None:
+        raise InvalidSettings("sessions: a store that all replicas reach and a secret_file are needed")
+    if settings.gateway.num_replicas > 1 and settings.gateway.port and not settings.gateway.reuse_port:
+        raise InvalidSettings("gateway: several replicas need reuse_port, or port 0")
+    prefill = None
+    if settings.prefill.enabled:
+        prefill = _scaled(PrefillDeployment, **_worker_options(settings.prefill)).bind(settings)
+    decode = _scaled(DecodeDeployment, **_worker_options(settings.decode)).bind(settings, prefill)
+    helper: dict[str, Any] = {"ray_actor_options": {"num_cpus": _HELPER_CPUS}}
+    tokenizer = _scaled(TokenizerDeployment, num_replicas=settings.tokenizer.num_replicas, **helper).bind(settings)
+    gateway = _scaled(
+        GatewayDeployment,
+        num_replicas=settings.gateway.num_replicas,
+        graceful_shutdown_timeout_s=settings.gateway.drain_timeout_s + 5,
+        **helper,
+    )
+    graph: serve.Application = gateway.bind(settings, tokenizer, decode)
+    return graph
+
+
+@contextmanager
+def serve_application(settings: Settings, progress: Progress = lambda stage: None) -> Iterator[RunningApplication]:
+    """Starts everything on this machine and yields when turns can be taken; stops everything at the end.
+
+    Raises InvalidSettings, Unavailable; nothing is left running then.
+    """
+    with ExitStack() as stack:
+        progress("session store")
+        settings = stack.enter_context(session_store(settings))
+        progress("Ray")
+        stack.enter_context(local_ray(settings))
+        progress(f"model {settings.model.path}: {_replicas_in_words(settings)}")
+        handle = _run(settings)
+        target = handle.address.remote().result()
+        yield RunningApplication(target, handle.metrics_address.remote().result(), settings)
+        progress("stopping")
+
+
+@contextmanager
+def session_store(settings: Settings) -> Iterator[Settings]:
+    """Settings with a store that can be reached: the embedded one is started here. Makes a secret if there is none."""
+    sessions = settings.sessions
+    with tempfile.TemporaryDirectory(prefix="antiphon-") as temporary, ExitStack() as stack:
+        changes: dict[str, Any] = {}
+        if sessions.store == "embedded":
+            data_dir = (sessions.data_dir or Path(temporary, "store")).absolute()
+            url = urlsplit(stack.enter_context(EmbeddedServer(data_dir)).url)
+            password_file = _write_secret(Path(temporary, "password"), (url.password or "").encode())
+            changes = {"store": "redis", "url": f"redis://{url.hostname}:{url.port}/0", "password_file": password_file}
+        if sessions.secret_file is None:
+            # Beside data that outlive this run; without it their keys and digests would mean nothing to the next.
+            keep_in = sessions.data_dir if sessions.store == "embedded" and sessions.data_dir else Path(temporary)
+            changes["secret_file"] = _secret_in(keep_in.absolute())
+        yield settings.model_copy(update={"sessions": sessions.model_copy(update=changes)})
+
+
+@contextmanager
+def local_ray(settings: Settings) -> Iterator[None]:
+    """A Ray of this machine alone: on loopback, in a short folder of its own, with room for the replicas asked for."""
+    temp_dir = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # Ray's socket paths have to stay below 107 bytes
+    try:
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, math.ceil(_cpus_needed(settings))),
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _temp_dir=temp_dir,
+            _node_ip_address="127.0.0.1",
+        )
+        yield
+    finally:
+        if serve_is_running():
+            serve.shutdown()
+        ray.shutdown()  # type: ignore[no-untyped-call]
+        shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+def serve_is_running() -> bool:
+    """Whether this process's Ray has a Serve to shut down."""
+    return ray.is_initialized() and bool(serve.status().applications)
+
+
+def _run(settings: Settings) -> Any:
+    # No proxy: clients speak to the gateway's own server, and a proxy would be one more open port.
+    serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING", "enable_access_log": False})
+    try:
+        return serve.run(build_app(settings), name=APP_NAME, route_prefix=None)
+    except RuntimeError as error:  # a deployment that cannot start; the replica's own words are in the status
+        raise Unavailable(f"the application did not start: {_first_message(error)}") from error
+
+
+def _first_message(error: RuntimeError) -> str:
+    status = serve.status().applications.get(APP_NAME)
+    if status is not None:
+        for name, deployment in status.deployments.items():
+            if deployment.message:
+                return f"{name}: {deployment.message.strip()}"
+    return str(error)
+
+
+def _scaled(deployment: Any, **options: Any) -> Any:
+    """Serve's decorator leaves the type of a plain class behind; it is a Deployment."""
+    return deployment.options(**options)
+
+
+def _worker_options(settings: PrefillSettings | DecodeSettings) -> dict[str, Any]:
+    return {
+        "num_replicas": settings.num_replicas,
+        "max_ongoing_requests": settings.max_concurrent,
+        "ray_actor_options": {"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus},
+    }
+
+
+def _cpus_needed(settings: Settings) -> float:
+    workers = settings.decode.num_replicas * settings.decode.num_cpus
+    if settings.prefill.enabled:
+        workers += settings.prefill.num_replicas * settings.prefill.num_cpus
+    return workers + _HELPER_CPUS * (settings.gateway.num_replicas + settings.tokenizer.num_replicas)
+
+
+def _replicas_in_words(settings: Settings) -> str:
+    num_prefill = settings.prefill.num_replicas if settings.prefill.enabled else 0
+    return f"{num_prefill} prefill, {settings.decode.num_replicas} decode, {settings.gateway.num_replicas} gateway"
+
+
+def _secret_in(folder: Path) -> Path:
+    path = folder / "secret"
+    return path if path.exists() else _write_secret(path, secrets.token_hex(_SECRET_BYTES).encode())
+
+
+def _write_secret(path: Path, value: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        file.write(value)
+    return path
