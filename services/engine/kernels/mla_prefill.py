@@ -1,0 +1,66 @@
+"""Causal attention of new tokens over their sequence, with keys and values expanded to heads, for prefill.
+
+Tq, Tk tokens, H heads, N nope, R rope, V value head; several sequences side by side without padding.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+
+
+def mla_prefill(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, cu_q: list[int], cu_k: list[int]
+) -> torch.Tensor:
+    """Attention of q [Tq, H, N + R] over k [Tk, H, N + R] and v [Tk, H, V], as [Tq, H, V] in q's dtype.
+
+    Sequence i owns the queries cu_q[i]:cu_q[i + 1] and the keys cu_k[i]:cu_k[i + 1]. It has at least as many keys as
+    queries; its queries are the last of its tokens: each sees the keys up to its own (the prefix was computed before).
+    """
+    if q.is_cuda:
+        from services.engine.kernels.mla_prefill_triton import mla_prefill_triton
+
+        return mla_prefill_triton(q, k, v, scale, cu_q, cu_k)
+    return mla_prefill_sdpa(q, k, v, scale, cu_q, cu_k)
+
+
+def mla_prefill_sdpa(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, cu_q: list[int], cu_k: list[int]
+) -> torch.Tensor:
+    """`mla_prefill` by PyTorch's attention, a sequence at a time."""
+    value_dim = v.shape[-1]
+    if value_dim < q.shape[-1]:
+        # The fused CPU kernel wants equal widths; without it the scores of all heads are held in memory.
+        v = F.pad(v, (0, q.shape[-1] - value_dim))
+    out = q.new_empty(*q.shape[:2], value_dim)
+    for (q0, q1), (k0, k1) in zip(pairwise(cu_q), pairwise(cu_k), strict=True):
+        if q0 == q1:
+            continue
+        num_queries, num_keys = q1 - q0, k1 - k0
+        is_whole = num_queries == num_keys
+        mask = None if is_whole or num_queries == 1 else _causal(num_queries, num_keys, q.device)
+        query, key, value = (part.transpose(0, 1).unsqueeze(0) for part in (q[q0:q1], k[k0:k1], v[k0:k1]))
+        is_causal = is_whole and num_queries > 1
+        attended = F.scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal, scale=scale)
+        out[q0:q1] = attended[0, ..., :value_dim].transpose(0, 1)
+    return out
+
+
+def mla_prefill_reference(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, cu_q: list[int], cu_k: list[int]
+) -> torch.Tensor:
+    """`mla_prefill` spelled out: all scores at once, softmax in fp32 (float64 for a float64 q)."""
+    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out = q.new_empty(*q.shape[:2], v.shape[-1])
+    for (q0, q1), (k0, k1) in zip(pairwise(cu_q), pairwise(cu_k), strict=True):
+        scores = torch.einsum("qhd,khd->hqk", q[q0:q1].to(compute), k[k0:k1].to(compute)) * scale
+        scores.masked_fill_(~_causal(q1 - q0, k1 - k0, q.device), float("-inf"))
+        out[q0:q1] = torch.einsum("hqk,khv->qhv", scores.softmax(-1), v[k0:k1].to(compute)).to(q.dtype)
+    return out
+
+
+def _causal(num_queries: int, num_keys: int, device: torch.device) -> torch.Tensor:
+    """[Tq, Tk] bool, true where a query may look; aligned to the lower right."""
+    return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril_(num_keys - num_queries)
