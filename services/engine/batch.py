@@ -56,11 +56,19 @@ class Batch:
                 logits_rows += range(row, row + chunk.num_tokens)
             elif chunk.samples:
                 logits_rows.append(row + chunk.num_tokens - 1)
-        as_tensor = [
-            torch.tensor(values, dtype=torch.int64, device=device)
-            for values in (token_ids, positions, blocks, [position % block_size for position in positions], logits_rows)
-        ]
-        return cls(*as_tensor[:4], tuple(spans), as_tensor[4])
+        offsets = [position % block_size for position in positions]
+
+        def as_tensor(values: list[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int64, device=device)
+
+        return cls(
+            as_tensor(token_ids),
+            as_tensor(positions),
+            as_tensor(blocks),
+            as_tensor(offsets),
+            tuple(spans),
+            as_tensor(logits_rows),
+        )
 
 
 def wants_all_logits(chunk: Chunk) -> bool:

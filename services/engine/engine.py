@@ -8,7 +8,7 @@ Synchronous and single-threaded; loop.py runs it on a thread for asyncio.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
 
@@ -32,6 +32,8 @@ class EngineRequest:
 
     resumed_token_ids: reply tokens generated elsewhere already; they follow the prompt, count as generated, and are not
     output again. keeps_blocks: at a normal end the blocks stay referenced, until `release_blocks`.
+    on_prompt_logits: called with (position of the first row, logits [rows, vocab]) for the prompt, chunk by chunk, if
+    the sampling wants prompt logprobs; the rows are valid during the call.
     """
 
     request_id: str
@@ -40,6 +42,7 @@ class EngineRequest:
     tenant_salt: bytes = b""
     resumed_token_ids: ListLike[int] = ()
     keeps_blocks: bool = False
+    on_prompt_logits: Callable[[int, Tensor], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,7 @@ class _Live:
     num_resumed: int
     seed: int
     prompt_logprobs: list[TokenLogprobs]
+    on_prompt_logits: Callable[[int, Tensor], None] | None
 
 
 class Engine:
@@ -123,7 +127,9 @@ class Engine:
         for token_id in request.resumed_token_ids:
             seq.append(token_id)
         self.scheduler.add(seq, reservation)
-        self._live[seq.seq_id] = _Live(seq, len(request.resumed_token_ids), resolve_seed(request.sampling), [])
+        self._live[seq.seq_id] = _Live(
+            seq, len(request.resumed_token_ids), resolve_seed(request.sampling), [], request.on_prompt_logits
+        )
 
     def abort(self, request_id: str) -> bool:
         """Ends a request and frees everything it holds; False if it is not here."""
@@ -191,6 +197,8 @@ class Engine:
         """Logprobs of the prompt tokens that follow those of the chunk (again after a preemption: once only)."""
         seq = live.seq
         next_ids = seq.token_ids[chunk.start + 1 : min(chunk.start + chunk.num_tokens + 1, seq.num_prompt_tokens)]
+        if live.on_prompt_logits is not None:
+            live.on_prompt_logits(chunk.start, logits[: seq.num_prompt_tokens - chunk.start])
         first = len(live.prompt_logprobs) - chunk.start
         if 0 <= first < len(next_ids):
             wanted = seq.sampling.prompt_logprobs or 0

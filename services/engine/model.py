@@ -5,6 +5,8 @@ h += attention(input_layernorm(h));  h += mlp(post_attention_layernorm(h));  log
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -51,6 +53,10 @@ class Backbone(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, i, dtype, device) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
 
+    @property
+    def decoder_layers(self) -> list[DecoderLayer]:
+        return cast(list[DecoderLayer], list(self.layers))
+
 
 class DeepseekForCausalLM(nn.Module):
     """DeepSeek-V2 or V3. Weights are uninitialised until weights.py fills them."""
@@ -66,9 +72,9 @@ class DeepseekForCausalLM(nn.Module):
         """Computes the batch, stores its KV through `attention`; returns logits [len(batch.logits_rows), vocab]."""
         cos, sin = rotary.at(batch.positions)
         h = self.model.embed_tokens(batch.token_ids)
-        for index, layer in enumerate(self.model.layers):
+        for index, layer in enumerate(self.model.decoder_layers):
             x = layer.input_layernorm(h)
-            projections: Projections = layer.self_attn
+            projections = layer.self_attn
             q, latents = projections.queries(x, cos, sin), projections.latents(x, cos, sin)
             attended = attention.attend(index, projections, q, latents, batch)
             h = h + projections.o_proj(attended.flatten(1))

@@ -37,7 +37,7 @@ class Router(nn.Module):
         if config.topk_method != "greedy" and config.topk_group < config.n_group:
             choice = self._best_groups_only(choice)
         ids = choice.topk(config.num_experts_per_tok, dim=-1, sorted=False).indices
-        weights = scores.gather(-1, ids)
+        weights: Tensor = scores.gather(-1, ids)
         if config.norm_topk_prob:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
         return ids, weights * config.routed_scaling_factor
@@ -52,7 +52,8 @@ class Router(nn.Module):
             group_scores = grouped.amax(dim=-1)
         kept = group_scores.topk(config.topk_group, dim=-1, sorted=False).indices
         dropped = torch.ones_like(group_scores, dtype=torch.bool).scatter_(-1, kept, False)
-        return grouped.masked_fill(dropped.unsqueeze(-1), float("-inf")).flatten(-2)
+        kept_only: Tensor = grouped.masked_fill(dropped.unsqueeze(-1), float("-inf"))
+        return kept_only.flatten(-2)
 
 
 class Experts(nn.Module):

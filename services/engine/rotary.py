@@ -16,7 +16,7 @@ from services.engine.config import ModelConfig, YarnConfig
 
 def softmax_scale(config: ModelConfig) -> float:
     """1/sqrt(head dim), times YaRN's m^2 where the config has mscale_all_dim (DeepSeek-V2, section 2.4 and code)."""
-    scale = config.qk_head_dim**-0.5
+    scale = 1 / math.sqrt(config.qk_head_dim)
     yarn = config.yarn
     if yarn is None or yarn.mscale is None or not yarn.mscale_all_dim:
         return scale

@@ -162,7 +162,7 @@ class RdtTransfer:
         if self.pool.is_cuda:
             # Replicas that share a GPU see no NVLink between them, and without this fall back to 0.4 GiB/s.
             os.environ.setdefault("UCX_CUDA_IPC_ENABLE_GET_ZCOPY", "on")
-            self._stream = torch.cuda.Stream(self.pool.device)  # type: ignore[no-untyped-call]
+            self._stream = torch.cuda.Stream(self.pool.device)
             # Otherwise each put would wait for everything the GPU has been given to do.
             ray.experimental.set_nixl_cuda_stream(self._stream)
         ray.experimental.register_nixl_memory(self.pool)
