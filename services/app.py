@@ -132,8 +132,8 @@ def local_ray(settings: Settings) -> Iterator[None]:
         yield
     finally:
         if serve_is_running():
-            serve.shutdown()
-        ray.shutdown()  # type: ignore[no-untyped-call]
+            serve.shutdown()  # type: ignore[no-untyped-call]
+        ray.shutdown()
         shutil.rmtree(temp_dir, ignore_errors=True)
 
 
