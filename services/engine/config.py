@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,7 +121,7 @@ class ModelConfig:
         rope_dim = fields.positive("qk_rope_head_dim")
         if rope_dim % 2:
             raise UnsupportedConfig("qk_rope_head_dim", f"must be even, got {rope_dim}")
-        is_fp8, rounds = _quantization(values.get("quantization_config"))
+        is_fp8, rounds = _quantization(fields.mapping("quantization_config"))
         return cls(
             model_type=model_type,
             vocab_size=fields.positive("vocab_size"),
@@ -195,8 +196,8 @@ def _experts(fields: _Fields, model_type: str, num_layers: int) -> dict[str, Any
 
 def _rope(fields: _Fields) -> tuple[float, YarnConfig | None]:
     """rope_theta and the scaling, from rope_scaling (hub files) or rope_parameters (transformers 5)."""
-    parameters = fields.values.get("rope_parameters") or {}
-    scaling = fields.values.get("rope_scaling") or parameters
+    parameters = fields.mapping("rope_parameters") or {}
+    scaling = fields.mapping("rope_scaling") or parameters
     theta = fields.values.get("rope_theta", parameters.get("rope_theta", 10000.0))
     theta = _Fields({"rope_theta": theta}).number("rope_theta")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
@@ -273,9 +274,15 @@ class _Fields:
 
     def number(self, name: str, default: Any = _MISSING) -> float:
         value = self._get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise UnsupportedConfig(self._prefix + name, f"must be a positive number, got {value!r}")
         return float(value)
+
+    def mapping(self, name: str) -> Mapping[str, Any] | None:
+        value = self.values.get(name)
+        if value is not None and not isinstance(value, Mapping):
+            raise UnsupportedConfig(self._prefix + name, f"must be an object, got {value!r}")
+        return value
 
     def flag(self, name: str, default: bool) -> bool:
         value = self._get(name, default)
