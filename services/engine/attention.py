@@ -42,6 +42,7 @@ class Projections(nn.Module):
             config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), dtype, device
         )
         self.o_proj = Linear(heads * config.v_head_dim, size, dtype, device)
+        self._absorbed: tuple[Tensor, Tensor] | None = None
 
     def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x [T, D] to roped queries [T, H, N + R]."""
@@ -70,11 +71,18 @@ class Projections(nn.Module):
         return torch.cat((nope, rope), dim=-1), values
 
     def absorb_weights(self) -> tuple[Tensor, Tensor]:
-        """kv_b_proj as key weights [H, N, C] and value weights [H, V, C]: views."""
+        """kv_b_proj as key weights [H, N, C] and value weights [H, C, V]."""
+        if self._absorbed is not None:
+            return self._absorbed
         config = self.config
         by_head = self.kv_b_proj.weight.unflatten(0, (config.num_attention_heads, -1))
         keys, values = by_head.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)
-        return keys, values
+        return keys, values.transpose(1, 2)
+
+    def pack(self) -> None:
+        """For a CPU, once the weights are loaded: its batched product would copy these views at every call."""
+        keys, values = self.absorb_weights()
+        self._absorbed = keys.contiguous(), values.contiguous()
 
 
 class Attention(Protocol):
@@ -145,7 +153,7 @@ class LatentAttention:
             scores = scores.flatten(0, 1)
         u = scores.softmax(dim=-1).to(held.dtype) @ held[:, : self._rank]
         u = u.unflatten(0, (num_queries, num_heads)).transpose(0, 1)
-        return torch.bmm(u, value_weights.transpose(1, 2)).transpose(0, 1)
+        return torch.bmm(u, value_weights).transpose(0, 1)
 
 
 def absorb_below(config: ModelConfig) -> int:

@@ -13,6 +13,7 @@ from services.engine.config import ModelConfig
 from services.engine.engine import Engine
 from services.engine.hub import resolve_model
 from services.engine.kv_cache import KVCache, KVLayout
+from services.engine.layers import PackedWeight
 from services.engine.model import DeepseekForCausalLM
 from services.engine.runner import Runner
 from services.engine.scheduler import Scheduler, SchedulerConfig
@@ -77,6 +78,8 @@ def _network(
         dummy_weights(network, model.seed)
     else:
         load_weights(network, folder, progress)
+    if device.type == "cpu" and PackedWeight.is_available():
+        network.pack()
     return network
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from services.engine.attention import Attention, Projections
 from services.engine.batch import Batch
 from services.engine.config import ModelConfig
-from services.engine.layers import MLP, Linear, RMSNorm
+from services.engine.layers import MLP, Linear, PackedWeight, RMSNorm
 from services.engine.moe import Experts, MoE
 from services.engine.rotary import RotaryEmbedding
 
@@ -67,6 +67,7 @@ class DeepseekForCausalLM(nn.Module):
         self.model = Backbone(config, dtype, device)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, dtype, device)
+        self._packed_head: PackedWeight | None = None
 
     def forward(self, batch: Batch, rotary: RotaryEmbedding, attention: Attention) -> Tensor:
         """Computes the batch, stores its KV through `attention`; returns logits [len(batch.logits_rows), vocab]."""
@@ -80,8 +81,25 @@ class DeepseekForCausalLM(nn.Module):
             h = h + projections.o_proj(attended.flatten(1))
             h = h + layer.mlp(layer.post_attention_layernorm(h))
         h = self.model.norm(h.index_select(0, batch.logits_rows))
-        head = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
-        return F.linear(h, head)
+        return self._head(h)
+
+    def _head(self, h: Tensor) -> Tensor:
+        if not self.config.tie_word_embeddings:
+            logits: Tensor = self.lm_head(h)
+            return logits
+        return F.linear(h, self.model.embed_tokens.weight) if self._packed_head is None else self._packed_head(h)
+
+    def pack(self) -> None:
+        """For a CPU, once the weights are loaded: puts them into the order that its matrix product reads."""
+        for module in self.modules():
+            if isinstance(module, Projections):
+                module.pack()
+                module.kv_b_proj.pack()
+        for module in self.modules():
+            if isinstance(module, Experts | Linear) and not module.is_packed:
+                module.pack()
+        if self.config.tie_word_embeddings:
+            self._packed_head = PackedWeight(self.model.embed_tokens.weight)
 
     def checkpoint_views(self) -> dict[str, Tensor]:
         """Where each tensor of the checkpoint goes, by its name there; views of the parameters."""

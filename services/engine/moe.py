@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from services.engine.config import ModelConfig
-from services.engine.layers import MLP
+from services.engine.layers import MLP, PackedWeight
 
 
 class Router(nn.Module):
@@ -62,32 +62,51 @@ class Experts(nn.Module):
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> None:
         super().__init__()
         num, inner, size = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
+        self.num_experts = num
         self.gate_up = nn.Parameter(torch.empty(num, 2 * inner, size, dtype=dtype, device=device), requires_grad=False)
         self.down = nn.Parameter(torch.empty(num, size, inner, dtype=dtype, device=device), requires_grad=False)
+
+        self._packed: list[tuple[PackedWeight, PackedWeight]] = []
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """sum over k of weights[t, k] * expert ids[t, k](x[t]); accumulated in fp32, [T, D] in the dtype of x."""
         num_tokens, top_k = ids.shape
+        if num_tokens == 1:
+            outputs = torch.cat([self._expert(expert, x) for expert in ids[0].tolist()])
+            return (outputs.float() * weights.T).sum(dim=0, keepdim=True).to(x.dtype)
         flat = ids.flatten()
         order = flat.argsort(stable=True)
-        counts = torch.bincount(flat, minlength=self.down.shape[0]).tolist()
-        tokens = order.div(top_k, rounding_mode="floor")
-        rows = x.index_select(0, tokens)
-        outputs, start = [], 0
-        for expert, count in enumerate(counts):
-            if count:
-                gate, up = F.linear(rows[start : start + count], self.gate_up[expert]).chunk(2, dim=-1)
-                outputs.append(F.linear(F.silu(gate) * up, self.down[expert]))
-                start += count
-        weighted = torch.cat(outputs).float() * weights.flatten()[order].unsqueeze(-1)
+        counts = torch.bincount(flat, minlength=self.num_experts).tolist()
+        rows = x.index_select(0, order.div(top_k, rounding_mode="floor")).split(counts)
+        outputs = torch.cat([self._expert(expert, part) for expert, part in enumerate(rows) if part.shape[0]])
         # Back to token order before summing: the sum then does not depend on what else is in the batch.
-        in_order = torch.empty_like(weighted).index_copy_(0, order, weighted)
-        return in_order.view(num_tokens, top_k, -1).sum(dim=1).to(x.dtype)
+        in_order = torch.empty_like(outputs).index_copy_(0, order, outputs).view(num_tokens, top_k, -1)
+        return (in_order.float() * weights.unsqueeze(-1)).sum(dim=1).to(x.dtype)
+
+    def _expert(self, expert: int, x: Tensor) -> Tensor:
+        if self._packed:
+            gate_up, down = self._packed[expert]
+            gate, up = gate_up(x).chunk(2, dim=-1)
+            return down(F.silu(gate) * up)
+        gate, up = F.linear(x, self.gate_up[expert]).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, self.down[expert])
+
+    @property
+    def is_packed(self) -> bool:
+        return bool(self._packed)
+
+    def pack(self) -> None:
+        """For a CPU, once the weights are loaded; the plain weights are dropped."""
+        self._packed = [
+            (PackedWeight(gate_up), PackedWeight(down)) for gate_up, down in zip(self.gate_up, self.down, strict=True)
+        ]
+        self.gate_up.data = self.gate_up.data.new_empty(0)
+        self.down.data = self.down.data.new_empty(0)
 
     def checkpoint_views(self) -> dict[str, Tensor]:
         """Where the checkpoint's tensors go, by their names below this module."""
         views = {}
-        for expert in range(self.down.shape[0]):
+        for expert in range(self.num_experts):
             gate, up = self.gate_up.data[expert].chunk(2, dim=0)
             views[f"{expert}.gate_proj.weight"] = gate
             views[f"{expert}.up_proj.weight"] = up
