@@ -124,6 +124,8 @@ def _fill(view: Tensor, name: str, files: dict[str, Any], owners: dict[str, str]
         tensor = dequantise(tensor.to(view.device), scales.to(view.device))
     elif tensor.dtype not in _FLOAT_DTYPES:
         raise InvalidCheckpoint(file, f"has dtype {tensor.dtype}", tensor=name)
+    elif f"{name}_scale_inv" in owners:
+        raise InvalidCheckpoint(file, f"scales weights of dtype {tensor.dtype}", tensor=f"{name}_scale_inv")
     view.copy_(tensor)
     if not bool(view.isfinite().all()):
         raise InvalidCheckpoint(file, "holds NaN or infinite numbers", tensor=name)
