@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from services import cli_local
+from services import cli_jsonl, cli_local
 from services.common.errors import AntiphonError, InvalidRequest
 
 app = typer.Typer(
@@ -95,7 +95,7 @@ def generate(
         if prompt is not None:
             cli_local.complete(pipeline, prompt, sampling)
         elif input is not None:
-            cli_local.complete_lines(pipeline, input, output, sampling)
+            cli_jsonl.complete_lines(pipeline, input, output, sampling)
 
 
 @app.command()
@@ -117,7 +117,7 @@ def score(
         pipeline = cli_local.load(
             model, device, dtype, cache_mode, kv_dtype, load_format, max_seq_len, kv_memory, Console(stderr=True)
         )
-        cli_local.score_lines(pipeline, input, output, logits)
+        cli_jsonl.score_lines(pipeline, input, output, logits)
 
 
 @app.command()
@@ -141,7 +141,7 @@ def _errors_for_people() -> Iterator[None]:
     try:
         yield
     except AntiphonError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, markup=True, soft_wrap=True)
+        cli_local.print_error(Console(stderr=True), error)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None

@@ -1,23 +1,16 @@
-"""What the commands without a cluster do: load, converse, complete, score, plan."""
+"""What the commands without a cluster do: load, converse, complete, plan; cli_jsonl does files of many lines."""
 
 from __future__ import annotations
 
-import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, replace
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from safetensors.torch import save_file
-from torch import Tensor
 
 from services.common.errors import InvalidRequest, InvalidSettings
 from services.common.messages import Delta, Finished, Message, SamplingParams
@@ -25,21 +18,20 @@ from services.common.settings import EngineSettings, ModelSettings
 from services.engine.config import ModelConfig
 from services.engine.hub import resolve_model
 from services.engine.loading import compute_dtype
-from services.engine.plan import plan
+from services.engine.plan import Plan, plan
 from services.local import LocalPipeline, LocalRequest
-from services.text.chat_template import ChatEncoder
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)?", re.IGNORECASE)
 _UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-_ROLES = ("system", "user", "assistant", "tool")
 
 
 def parse_bytes(text: str, field: str) -> int:
     """24GiB, 512 MB, 1000: in bytes. Raises InvalidRequest naming `field`."""
     match = _SIZE.fullmatch(text.strip())
-    if match is None or (size := int(float(match[1]) * _UNITS[(match[2] or "B").upper()])) < 1:
+    size = 0.0 if match is None else float(match[1]) * _UNITS[(match[2] or "B").upper()]
+    if not 1 <= size < 2**63:
         raise InvalidRequest(field, f"{text!r} is not a size such as 24GiB or 512MB")
-    return size
+    return int(size)
 
 
 def load(
@@ -105,14 +97,20 @@ def converse(pipeline: LocalPipeline, params: SamplingParams, system: str | None
         try:
             for event in turn:
                 if isinstance(event, Delta):
-                    console.print(event.text, end="", markup=False, highlight=False, soft_wrap=True)
+                    console.out(event.text, end="", highlight=False)
                 else:
                     console.print(f"\n[dim]{figures(event)}[/]", highlight=False, soft_wrap=True)
         except KeyboardInterrupt:
             turn.close()
             console.print("\n[dim]interrupted; what was said so far is remembered[/]")
         except InvalidRequest as error:
-            console.print(f"[bold red]error:[/] {error}", highlight=False)
+            print_error(console, error)
+
+
+def print_error(console: Console, error: Exception) -> None:
+    """One line. The message may hold anything a user wrote: it is printed as it is, never as markup."""
+    console.print("[bold red]error:[/] ", end="")
+    console.out(error, highlight=False)
 
 
 def figures(event: Finished) -> str:
@@ -138,53 +136,10 @@ def complete(pipeline: LocalPipeline, prompt: str, params: SamplingParams) -> No
     sys.stdout.write("\n")
 
 
-def complete_lines(pipeline: LocalPipeline, source: Path, target: Path | None, params: SamplingParams) -> None:
-    """JSONL in, JSONL out: one reply a line, in the order of the input."""
-    requests = [_request(pipeline, number, line, params) for number, line in _lines(source)]
-    replies = [_empty_reply() for _ in requests]
-    for index, event in pipeline.run(requests):
-        reply = replies[index]
-        if isinstance(event, Delta):
-            reply["text"] += event.text
-            reply["token_ids"] += event.token_ids
-            reply["logprobs"] += [asdict(each) for each in event.logprobs]
-            reply["prompt_logprobs"] += [asdict(each) for each in event.prompt_logprobs]
-        else:
-            reply["finish_reason"] = event.reason.value
-            reply["usage"] = asdict(event.usage)
-    with _writer(target) as out:
-        for reply in replies:
-            out.write(json.dumps({name: value for name, value in reply.items() if value or name == "text"}) + "\n")
-
-
-def score_lines(pipeline: LocalPipeline, source: Path, target: Path | None, logits_file: Path | None) -> None:
-    """JSONL in, JSONL out: logprobs and perplexity; with logits_file all logits as well."""
-    tensors: dict[str, Tensor] = {}
-    with _writer(target) as out:
-        for index, (number, line) in enumerate(_lines(source)):
-            if set(line) not in ({"text"}, {"token_ids"}):
-                raise InvalidRequest(f"line {number}", "needs exactly one of text and token_ids, and nothing else")
-            token_ids = _token_ids(number, line) if "token_ids" in line else _text_ids(pipeline, number, line["text"])
-            parts: dict[int, Tensor] = {}
-
-            def keep(first: int, rows: Tensor, parts: dict[int, Tensor] = parts) -> None:
-                parts[first] = rows.float().cpu().clone()
-
-            score = pipeline.score(token_ids, on_logits=None if logits_file is None else keep)
-            if logits_file is not None:
-                tensors[f"logits.{index}"] = torch.cat([parts[first] for first in sorted(parts)])
-            record = {
-                "token_ids": list(score.token_ids),
-                "logprobs": [None, *(each.logprob for each in score.logprobs)],
-                "perplexity": score.perplexity if score.logprobs else None,
-            }
-            out.write(json.dumps(record) + "\n")
-    if logits_file is not None:
-        save_file(tensors, logits_file)
-
-
 def show_plan(model: str, memory: str, max_seq_len: int | None, dtype: str, block_size: int, console: Console) -> None:
     """The table of what fits."""
+    if max_seq_len is not None and max_seq_len < 1:
+        raise InvalidRequest("--max-seq-len", f"must be at least 1, got {max_seq_len}")
     config = ModelConfig.from_folder(resolve_model(model))
     number_format = compute_dtype(dtype, config, torch.device("cuda"))
     result = plan(
@@ -195,20 +150,21 @@ def show_plan(model: str, memory: str, max_seq_len: int | None, dtype: str, bloc
         f" {str(number_format).removeprefix('torch.')}; {_gib(max(0, result.left_bytes))} left for the KV cache"
         f" of {memory}, 2 GiB kept free",
         highlight=False,
+        soft_wrap=True,
     )
     if result.left_bytes <= 0:
         console.print(f"does not fit: {_gib(-result.left_bytes)} more are needed before the first block")
-    lengths = [length for length, _ in result.caches[0].sequences]
-    table = Table("cache", "bytes a token", f"blocks of {block_size}", *(f"{length:,}" for length in lengths))
-    for cache in result.caches:
-        table.add_row(
-            f"{cache.cache_mode} {cache.kv_dtype}",
-            f"{cache.bytes_per_token:,}",
-            f"{cache.num_blocks:,}",
-            *(f"{count:,}" for _, count in cache.sequences),
-        )
-    table.caption = "sequences of each length that fit at once"
-    console.print(table)
+    console.print(_table(result, block_size))
+
+
+def _table(result: Plan, block_size: int) -> Table:
+    """One column a cache, so that it fits into 80 characters."""
+    table = Table("", *(f"{cache.cache_mode} {cache.kv_dtype}" for cache in result.caches))
+    table.add_row("bytes a token", *(f"{cache.bytes_per_token:,}" for cache in result.caches))
+    table.add_row(f"blocks of {block_size}", *(f"{cache.num_blocks:,}" for cache in result.caches))
+    for row in zip(*(cache.sequences for cache in result.caches), strict=True):
+        table.add_row(f"sequences of {row[0][0]:,}", *(f"{count:,}" for _, count in row))
+    return table
 
 
 def _gib(num_bytes: int) -> str:
@@ -226,95 +182,9 @@ def _read_line(console: Console) -> str | None:
     if not raw:
         return None
     try:
-        line = raw.decode("utf-8").rstrip("\n")
+        line = raw.decode("utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise InvalidRequest("input", "not valid UTF-8") from error
-    console.print(f"[bold]> [/]{line}", highlight=False)
+    console.print("[bold]> [/]", end="")
+    console.out(line, highlight=False)
     return line
-
-
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of a JSONL file; empty lines are passed over."""
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise InvalidRequest("--input", f"cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InvalidRequest("--input", "not valid UTF-8") from error
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip():
-            try:
-                value = json.loads(line)
-            except ValueError as error:
-                raise InvalidRequest(f"line {number}", f"not JSON: {error}") from error
-            if not isinstance(value, dict):
-                raise InvalidRequest(f"line {number}", "not a JSON object")
-            yield number, value
-
-
-def _request(pipeline: LocalPipeline, number: int, line: Mapping[str, Any], params: SamplingParams) -> LocalRequest:
-    unknown = set(line) - {"prompt", "token_ids", "messages", "sampling"}
-    inputs = [name for name in ("prompt", "token_ids", "messages") if name in line]
-    if unknown or len(inputs) != 1:
-        problem = f"unknown field {min(unknown)!r}" if unknown else "needs one of prompt, token_ids and messages"
-        raise InvalidRequest(f"line {number}", problem)
-    overrides = line.get("sampling", {})
-    if not isinstance(overrides, dict):
-        raise InvalidRequest(f"line {number}", "sampling is an object")
-    names = set(SamplingParams.__dataclass_fields__)
-    if extra := set(overrides) - names:
-        raise InvalidRequest(f"line {number}", f"sampling has no field {min(extra)!r}")
-    values = dict(overrides)
-    for name in ("stop", "stop_token_ids"):
-        if isinstance(values.get(name), list):
-            values[name] = tuple(values[name])
-    if isinstance(values.get("logit_bias"), dict):
-        values["logit_bias"] = {int(token): bias for token, bias in values["logit_bias"].items()}
-    return LocalRequest(_prompt_ids(pipeline, number, line), replace(params, **values))
-
-
-def _prompt_ids(pipeline: LocalPipeline, number: int, line: Mapping[str, Any]) -> list[int]:
-    if "token_ids" in line:
-        return _token_ids(number, line)
-    if "prompt" in line:
-        return _text_ids(pipeline, number, line["prompt"])
-    messages = line["messages"]
-    if not isinstance(messages, list) or not all(_is_message(each) for each in messages):
-        raise InvalidRequest(f"line {number}", 'messages is a list of {"role": …, "content": …}')
-    encoder = ChatEncoder.from_tokenizer(pipeline.text)
-    return encoder.encode_turn([Message(each["role"], each["content"]) for each in messages], is_first_turn=True)
-
-
-def _is_message(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and set(value) == {"role", "content"}
-        and value["role"] in _ROLES
-        and isinstance(value["content"], str)
-    )
-
-
-def _token_ids(number: int, line: Mapping[str, Any]) -> list[int]:
-    ids = line["token_ids"]
-    if not isinstance(ids, list) or not all(isinstance(each, int) and not isinstance(each, bool) for each in ids):
-        raise InvalidRequest(f"line {number}", "token_ids is a list of whole numbers")
-    return ids
-
-
-def _text_ids(pipeline: LocalPipeline, number: int, text: Any) -> list[int]:
-    if not isinstance(text, str):
-        raise InvalidRequest(f"line {number}", "text is a string")
-    return pipeline.text.encode(text, add_bos=True, allow_control_tokens=True)
-
-
-def _empty_reply() -> dict[str, Any]:
-    return {"text": "", "token_ids": [], "logprobs": [], "prompt_logprobs": [], "finish_reason": None, "usage": None}
-
-
-@contextmanager
-def _writer(path: Path | None) -> Iterator[IO[str]]:
-    if path is None:
-        yield sys.stdout
-    else:
-        with path.open("w", encoding="utf-8") as file:
-            yield file

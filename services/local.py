@@ -16,12 +16,14 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from services.common.errors import InvalidCheckpoint, InvalidRequest
+from services.common.errors import InvalidCheckpoint, InvalidRequest, QueueFull
 from services.common.messages import (
     Delta,
     Finished,
@@ -98,22 +100,35 @@ class LocalPipeline:
     def run(self, requests: Iterable[LocalRequest]) -> Generator[tuple[int, Delta | Finished]]:
         """Generates for all requests at once; yields (index of the request, event) as tokens come.
 
-        Closing the iterator aborts what still runs. Raises what `Engine.add` raises, and NumericsError.
+        More requests than may wait in the engine are added as room appears. Closing the iterator aborts what still
+        runs. One run at a time: end or close it before the next. Raises what `Engine.add` raises, and NumericsError.
         """
         replies: dict[str, _Reply] = {}
+        waiting = deque(enumerate(requests))
         try:
-            for index, request in enumerate(requests):
-                request_id = f"local-{next(self._ids)}"
-                self.engine.add(
-                    EngineRequest(request_id, request.token_ids, request.sampling, tenant_salt=request.tenant_salt)
-                )
-                replies[request_id] = _Reply(index, request, self.tokenizer)
-            while replies:
+            while waiting or replies:
+                while waiting and self._add(*waiting[0], replies):
+                    waiting.popleft()
                 for output in self.engine.step():
                     yield from self._events(output, replies)
         finally:
             for request_id in replies:
                 self.engine.abort(request_id)
+
+    def _add(self, index: int, request: LocalRequest, replies: dict[str, _Reply]) -> bool:
+        """Whether the engine has room for the request now."""
+        request_id = f"local-{next(self._ids)}"
+        reply = _Reply(index, request, self.tokenizer)
+        try:
+            self.engine.add(
+                EngineRequest(request_id, request.token_ids, request.sampling, tenant_salt=request.tenant_salt)
+            )
+        except QueueFull:
+            if not replies:
+                raise
+            return False
+        replies[request_id] = reply
+        return True
 
     def _events(self, output: EngineOutput, replies: dict[str, _Reply]) -> Iterator[tuple[int, Delta | Finished]]:
         reply = replies[output.request_id]
@@ -167,10 +182,11 @@ class LocalSession:
         prompt = [*self.history, *new]
         reply: list[int] = []
         try:
-            for _, event in self._pipeline.run([LocalRequest(prompt, sampling, self._tenant_salt)]):
-                if isinstance(event, Delta):
-                    reply += event.token_ids
-                yield event
+            with closing(self._pipeline.run([LocalRequest(prompt, sampling, self._tenant_salt)])) as events:
+                for _, event in events:
+                    if isinstance(event, Delta):
+                        reply += event.token_ids
+                    yield event
         finally:
             if reply:
                 self.history = prompt + reply
