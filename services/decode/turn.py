@@ -86,6 +86,15 @@ class DecodeFinished:
 DecodeEvent = Admitted | TokenChunk | DecodeFinished
 
 
+@dataclass(frozen=True, slots=True)
+class PrefilledToken:
+    """What stays of a PrefillResult: a turn may last, and the ticket in it keeps memory of the publisher."""
+
+    replica: str
+    is_stop: bool
+    num_cached_tokens: int
+
+
 class TurnRecord:
     """What a turn has come to so far. replica: the name of this one.
 
@@ -101,7 +110,7 @@ class TurnRecord:
         self.num_local_tokens = 0
         self.num_fetched_tokens = 0
         self.fetched_from = ""
-        self.prefilled: PrefillResult | None = None
+        self.prefilled: PrefilledToken | None = None
         self.has_prefilled_blocks = False
         self.next_token_ids: tuple[int, ...] = ()
         self.num_generated_tokens = len(request.resumed_token_ids)
@@ -129,7 +138,7 @@ class TurnRecord:
 
     def prefill_result(self, result: PrefillResult) -> TokenChunk:
         """A prefill replica has the next token; its KV blocks are still to be fetched."""
-        self.prefilled = result
+        self.prefilled = PrefilledToken(result.replica.replica_id, result.is_stop, result.num_cached_tokens)
         self._moved(result.transfer_ms, result.transfer_bytes)
         self._timings = replace(self._timings, prefill_ms=self._timings.prefill_ms + result.prefill_ms)
         self.next_token_ids = (result.token_id,)
@@ -195,7 +204,7 @@ class TurnRecord:
             (KvSource.FETCHED, self.fetched_from, self.num_local_tokens + self.num_fetched_tokens),
         ]
         if self.prefilled is not None and self.has_prefilled_blocks:
-            name = self.prefilled.replica.replica_id
+            name = self.prefilled.replica
             runs.append((KvSource.FETCHED, name, self.prefilled.num_cached_tokens))
             runs.append((KvSource.PREFILL, name, self._num_prompt_tokens))
         runs.append((KvSource.COMPUTED, self.replica, self._num_prompt_tokens))

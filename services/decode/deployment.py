@@ -1,0 +1,152 @@
+"""The decode deployment: Serve places it and watches it; gateways speak to its own gRPC server.
+
+Its handle carries what holds references to KV blocks (history for other replicas), and what is asked once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from services.common.errors import AntiphonError, Exhausted, Unavailable
+from services.common.messages import ModelInfo
+from services.common.settings import DecodeSettings, Settings
+from services.common.telemetry import configure_logging
+from services.decode.server import DecodeServer
+from services.decode.worker import DecodeWorker, EngineFacts
+from services.replica.deployment import HistoryHandle, next_item, rdt_transfer, replica_stream
+from services.replica.handover import HistoryOffer, HistoryRequest, PrefillLoad, PrefillRequest, PrefillResult
+from services.replica.runtime import ReplicaRuntime, new_identity
+from services.sessions.registry import ReplicaRegistry, Role
+
+_DRAIN_S = 30.0
+# While all prefill replicas are full or starting a call waits in Serve's queue; computing here is better then.
+_ACCEPT_TIMEOUT_S = 2.0
+
+
+@serve.deployment(
+    name="decode",
+    graceful_shutdown_timeout_s=_DRAIN_S + 30,
+    health_check_timeout_s=60,
+    request_router_config={"request_router_class": "services.replica.deployment:PinnedRouter"},
+)
+class DecodeDeployment:
+    """Hosts a DecodeWorker and its DecodeServer. prefill: None if decode computes every prompt itself."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, settings: Settings, prefill: DeploymentHandle[Any] | None = None
+    ) -> None:
+        replica = serve.get_replica_context().replica_id.unique_id
+        identity = new_identity(Role.DECODE, replica)
+        configure_logging(settings.telemetry.log_level, "decode", identity.replica_id)
+        self._settings = settings
+        runtime = self._runtime = await ReplicaRuntime.start(settings, Role.DECODE, identity, rdt_transfer(settings))
+        engine = runtime.engine
+        fleet = None if prefill is None else PrefillHandle(prefill, runtime.registry, engine.layout.fingerprint)
+        worker = DecodeWorker(
+            runtime.loop,
+            runtime.exchange,
+            EngineFacts.of(engine),
+            settings=_decode_settings(settings),
+            peers=HistoryHandle(lambda: serve.get_deployment_handle("decode"), settings.transfer.fetch_timeout_s),
+            prefill=fleet,
+            metrics=runtime.metrics,
+        )
+        self._server = DecodeServer(worker, identity.incarnation, settings.decode.host, settings.decode.max_concurrent)
+        await self._server.start()
+        await runtime.register(self._server.address, fleet.refresh if fleet is not None else None)
+
+    async def history(self, request: HistoryRequest) -> AsyncIterator[HistoryOffer | AntiphonError]:
+        """The blocks that are asked for, as far as they are held here; lent until the caller ends the stream."""
+        transfer = self._settings.transfer
+        try:
+            async with self._runtime.exchange.offering(request) as offer:
+                yield offer
+                if offer.ticket is not None:
+                    await asyncio.sleep(transfer.lease_ttl_s + transfer.fetch_timeout_s)
+        except AntiphonError as error:
+            yield error
+
+    async def model_info(self) -> ModelInfo:
+        """The model that is served."""
+        engine, model = self._runtime.engine, self._settings.model
+        return ModelInfo(
+            name=model.served_name or Path(model.path).name,
+            dtype=engine.dtype_name,
+            cache_mode=engine.layout.cache_mode,
+            max_seq_len=engine.max_seq_len,
+            vocab_size=engine.config.vocab_size,
+            block_size=engine.layout.block_size,
+            num_layers=engine.layout.num_layers,
+            kv_token_bytes=engine.layout.bytes_per_token,
+            fingerprint=engine.model_fingerprint,
+        )
+
+    async def metrics_address(self) -> str:
+        """host:port of this replica's /metrics."""
+        return self._runtime.metrics_address
+
+    async def check_health(self) -> None:
+        """Serve replaces a replica whose engine has ended."""
+        self._runtime.check_health()
+
+    async def __del__(self) -> None:
+        """Drains: no new turns, running ones end within half a minute."""
+        if hasattr(self, "_server"):
+            await self._runtime.drain()
+            await self._server.stop(_DRAIN_S)
+        if hasattr(self, "_runtime"):
+            await self._runtime.stop()
+
+
+class PrefillHandle:
+    """Implements PrefillClient over the handle of the prefill deployment; Serve picks the replica."""
+
+    def __init__(self, handle: DeploymentHandle[Any], registry: ReplicaRegistry, layout_fingerprint: str) -> None:
+        self._handle = handle.options(stream=True, method_name="run", _by_reference=True)
+        self._registry = registry
+        self._layout = layout_fingerprint
+        self._load: PrefillLoad | None = None
+
+    def load(self) -> PrefillLoad | None:
+        """See PrefillClient; as of the last heartbeat."""
+        return self._load
+
+    async def refresh(self) -> None:
+        """Reads the registry. Raises Unavailable; what was known before stands then."""
+        records = [each for each in await self._registry.list(Role.PREFILL) if each.layout_fingerprint == self._layout]
+        able = [each for each in records if not each.is_draining]
+        rates = [each.prefill_tokens_per_s for each in able if each.prefill_tokens_per_s is not None]
+        self._load = None
+        if able:
+            waiting = min(each.num_waiting_tokens for each in able)
+            self._load = PrefillLoad(len(able), waiting, sum(rates) / len(rates) if rates else None)
+
+    @asynccontextmanager
+    async def run(self, request: PrefillRequest) -> AsyncIterator[PrefillResult]:
+        """See PrefillClient. Raises Exhausted if no replica takes the call soon."""
+        async with replica_stream(self._handle, request) as responses:
+            await _accepted(responses)
+            result: PrefillResult = await next_item(responses)
+            yield result
+
+
+async def _accepted(responses: Any) -> None:
+    try:
+        await next_item(responses, _ACCEPT_TIMEOUT_S)
+    except Unavailable as error:
+        if isinstance(error.__cause__, TimeoutError):
+            raise Exhausted("all prefill replicas are busy") from error
+        raise
+
+
+def _decode_settings(settings: Settings) -> DecodeSettings:
+    """Without prefix caching no turn may reuse what an earlier one has left."""
+    reuses = settings.decode.reuse_history and settings.engine.prefix_caching
+    return settings.decode.model_copy(update={"reuse_history": reuses})

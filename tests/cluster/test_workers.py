@@ -1,0 +1,266 @@
+"""Prefill and decode replicas of a real cluster: handing over KV blocks both ways, and losing each other."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import tempfile
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import grpc
+import pytest
+
+# isort: split
+import tests.cluster.ray_session  # noqa: F401  (sets variables that Ray reads when it is imported)
+
+# isort: split
+from ray import serve
+
+from services.common.messages import KvSource, PrefillPlace, SamplingParams
+from services.common.settings import Settings
+from services.decode.deployment import DecodeDeployment
+from services.engine.engine import Engine, EngineRequest
+from services.engine.loading import load_engine
+from services.pb.antiphon.internal.v1 import decode_service_pb2 as pb
+from services.pb.antiphon.internal.v1.decode_service_pb2_grpc import DecodeServiceStub
+from services.prefill.deployment import PrefillDeployment
+from services.sessions.connect import connect
+from services.sessions.embedded import EmbeddedServer
+from services.sessions.from_settings import keyspace_of, redis_settings
+from services.sessions.registry import ReplicaRecord, ReplicaRegistry, Role
+from services.wire import values
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+
+MODEL = Path(__file__).parents[1] / "data" / "checkpoints" / "v3"
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+SALT = b"tenant"
+
+
+def _settings(store: EmbeddedServer, folder: Path, remote_prefill: str) -> Settings:
+    url = urlsplit(store.url)
+    (folder / "password").write_text(url.password or "")
+    (folder / "secret").write_text(secrets.token_hex(16))
+    return Settings.from_mapping(
+        {
+            "model": {"path": str(MODEL), "dtype": "float32", "max_seq_len": 1024},
+            "engine": {"device": "cpu", "num_blocks": 200, "max_num_batched_tokens": 128, "num_threads": 1},
+            "sessions": {
+                "store": "redis",
+                "url": f"redis://{url.hostname}:{url.port}/0",
+                "password_file": str(folder / "password"),
+                "secret_file": str(folder / "secret"),
+                "heartbeat_s": 0.2,
+                "registry_ttl_s": 2.0,
+            },
+            "decode": {"remote_prefill": remote_prefill},
+            "transfer": {"fetch_timeout_s": 3.0, "quarantine_s": 1.0},
+        },
+        {},
+    )
+
+
+@dataclass
+class Reply:
+    """What a turn has sent."""
+
+    token_ids: list[int] = field(default_factory=list)
+    indices: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    admitted: pb.Admitted | None = None
+    finished: pb.Finished | None = None
+
+    @property
+    def origins(self) -> list[tuple[KvSource, int]]:
+        assert self.finished is not None
+        return [(each.source, each.num_tokens) for each in values.origins_from_proto(self.finished.kv_origins)]
+
+    @property
+    def place(self) -> PrefillPlace:
+        assert self.finished is not None
+        place: PrefillPlace = values.PREFILL_PLACES.member(self.finished.prefill_place, "prefill_place")
+        return place
+
+
+class Cluster:
+    """One prefill and two decode replicas, as a gateway sees them."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    async def replicas(self, role: Role) -> tuple[ReplicaRecord, ...]:
+        async with self._registry() as registry:
+            return await registry.list(role)
+
+    async def ready(self, num_prefill: int = 1) -> tuple[ReplicaRecord, ReplicaRecord]:
+        """The decode replicas, once all are registered and have had time to hear of each other."""
+        async with asyncio.timeout(60):
+            while True:
+                decode, prefill = await self.replicas(Role.DECODE), await self.replicas(Role.PREFILL)
+                if len(decode) == 2 and len(prefill) == num_prefill:
+                    await asyncio.sleep(2 * self.settings.sessions.heartbeat_s)
+                    return decode[0], decode[1]
+                await asyncio.sleep(0.1)
+
+    async def until_idle(self, within_s: float = 5.0) -> None:
+        """All blocks of all replicas are free."""
+        async with asyncio.timeout(within_s):
+            while True:
+                records = await self.replicas(Role.DECODE) + await self.replicas(Role.PREFILL)
+                if all(each.num_free_blocks == each.num_blocks for each in records):
+                    return
+                await asyncio.sleep(0.1)
+
+    async def turn(
+        self,
+        record: ReplicaRecord,
+        token_ids: Sequence[int],
+        sampling: SamplingParams = GREEDY,
+        *,
+        holder: tuple[ReplicaRecord, int] | None = None,
+        **fields: Any,
+    ) -> Reply:
+        """One turn at a replica; holder: who else holds the history, and how much."""
+        reply = Reply()
+        async with grpc.aio.insecure_channel(record.address) as channel:
+            async for response in DecodeServiceStub(channel).Generate(
+                self.request(record, token_ids, sampling, holder=holder, **fields), timeout=60
+            ):
+                _gather(reply, response)
+        return reply
+
+    def request(
+        self,
+        record: ReplicaRecord,
+        token_ids: Sequence[int],
+        sampling: SamplingParams = GREEDY,
+        *,
+        holder: tuple[ReplicaRecord, int] | None = None,
+        **fields: Any,
+    ) -> pb.GenerateRequest:
+        holders = []
+        if holder is not None:
+            holders = [
+                pb.KvHolder(
+                    replica=holder[0].replica_id, incarnation=holder[0].incarnation, num_computed_tokens=holder[1]
+                )
+            ]
+        request = {"request_id": secrets.token_hex(4), "incarnation": record.incarnation, "salt": SALT, **fields}
+        return pb.GenerateRequest(
+            token_ids=token_ids, sampling=values.sampling_to_proto(sampling), holders=holders, **request
+        )
+
+    @asynccontextmanager
+    async def _registry(self) -> AsyncIterator[ReplicaRegistry]:
+        client = connect(redis_settings(self.settings.sessions))
+        try:
+            yield ReplicaRegistry(client, keyspace_of(self.settings.sessions))
+        finally:
+            await client.aclose()
+
+
+def _gather(reply: Reply, response: pb.GenerateResponse) -> None:
+    event = response.WhichOneof("event")
+    if event == "admitted":
+        reply.admitted = response.admitted
+    elif event == "chunk":
+        reply.indices.append(response.chunk.index)
+        reply.token_ids += response.chunk.token_ids
+        reply.logprobs += [each.logprob for each in response.chunk.logprobs]
+    else:
+        reply.finished = response.finished
+
+
+@asynccontextmanager
+async def _nothing() -> AsyncIterator[None]:
+    yield
+
+
+def _running(remote_prefill: str) -> Iterator[Cluster]:
+    with tempfile.TemporaryDirectory() as folder, EmbeddedServer(Path(folder, "store")) as store:
+        settings = _settings(store, Path(folder), remote_prefill)
+        serve.start(proxy_location="Disabled")
+        try:
+            options = {"ray_actor_options": {"num_cpus": 0.1}, "max_ongoing_requests": 64}
+            prefill = PrefillDeployment.options(**options).bind(settings)
+            decode = DecodeDeployment.options(num_replicas=2, **options).bind(settings, prefill)
+            serve.run(decode, name="workers", route_prefix=None)
+            yield Cluster(settings)
+        finally:
+            serve.shutdown()
+
+
+@pytest.fixture(scope="module")
+def cluster(ray_cluster: None) -> Iterator[Cluster]:
+    """A cluster in which prefill is always asked."""
+    yield from _running("always")
+
+
+@pytest.fixture(scope="module")
+def oracle() -> Engine:
+    """The same model in this process, with a pool that keeps nothing."""
+    settings = Settings.from_mapping(
+        {
+            "model": {"path": str(MODEL), "dtype": "float32", "max_seq_len": 1024},
+            "engine": {"device": "cpu", "num_blocks": 200, "prefix_caching": False, "num_threads": 1},
+        },
+        {},
+    )
+    return load_engine(settings.model, settings.engine)
+
+
+def _expected(engine: Engine, token_ids: Sequence[int], sampling: SamplingParams = GREEDY) -> list[int]:
+    engine.add(EngineRequest("oracle", token_ids, sampling))
+    tokens: list[int] = []
+    while engine.has_work:
+        for output in engine.step():
+            tokens += output.token_ids
+    return tokens
+
+
+def _prompt(seed: int, num_tokens: int) -> list[int]:
+    return [(seed * 7919 + i * i * 31 + i * 17) % 500 + 5 for i in range(num_tokens)]
+
+
+async def test_a_prompt_computed_by_prefill_gives_the_tokens_of_one_process(cluster: Cluster, oracle: Engine) -> None:
+    first, _ = await cluster.ready()
+    prompt = _prompt(1, 100)
+    reply = await cluster.turn(first, prompt)
+    assert reply.token_ids == _expected(oracle, prompt)
+    assert reply.indices == list(range(12))
+    assert reply.place is PrefillPlace.PREFILL
+    assert reply.origins == [(KvSource.PREFILL, 100)]
+    assert reply.finished is not None
+    assert reply.finished.num_computed_tokens == 111 // 16 * 16
+    assert reply.finished.timings.transfer_bytes > 0
+    await cluster.until_idle()
+
+
+async def test_prefill_fetches_the_history_that_only_decode_holds(cluster: Cluster, oracle: Engine) -> None:
+    first, _ = await cluster.ready()
+    prompt = _prompt(2, 60)
+    history = prompt + (await cluster.turn(first, prompt)).token_ids
+    prompt = history + _prompt(3, 40)
+    reply = await cluster.turn(first, prompt, num_history_tokens=len(history))
+    assert reply.token_ids == _expected(oracle, prompt)
+    assert reply.place is PrefillPlace.PREFILL
+    # 71 of 72 tokens have been computed: 4 full blocks.
+    assert reply.origins == [(KvSource.LOCAL, 64), (KvSource.PREFILL, 48)]
+    await cluster.until_idle()
+
+
+async def test_a_session_that_moves_fetches_its_history_from_the_old_holder(cluster: Cluster, oracle: Engine) -> None:
+    first, second = await cluster.ready()
+    prompt = _prompt(4, 200)
+    history = prompt + (await cluster.turn(first, prompt)).token_ids
+    prompt = history + _prompt(5, 30)
+    reply = await cluster.turn(second, prompt, num_history_tokens=len(history), holder=(first, 208))
+    assert reply.token_ids == _expected(oracle, prompt)
+    assert sum(num_tokens for _, num_tokens in reply.origins) == len(prompt)
+    assert reply.origins[0] in [(KvSource.FETCHED, 192), (KvSource.FETCHED, 208)]
+    await cluster.until_idle()
