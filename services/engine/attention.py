@@ -16,32 +16,39 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from services.engine.batch import Batch, Span
+from services.engine.batch import Batch, DecodeTables, Span
 from services.engine.config import LATENT_NORM_EPS, ModelConfig
+from services.engine.kernels.mla_decode import mla_decode
 from services.engine.kv_cache import KVCache
-from services.engine.layers import Linear, RMSNorm
+from services.engine.layers import Fp8Linear, Linear, RMSNorm
 from services.engine.rotary import rotate, softmax_scale
 
 
 class Projections(nn.Module):
     """The weights of one attention layer, by the checkpoint's names, and what they compute."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str, *, keeps_fp8: bool) -> None:
         super().__init__()
         self.config = config
         heads, size = config.num_attention_heads, config.hidden_size
+
+        def linear(size_in: int, size_out: int) -> Linear | Fp8Linear:
+            if keeps_fp8:
+                return Fp8Linear(size_in, size_out, device, rounds_scales=config.rounds_activation_scales)
+            return Linear(size_in, size_out, dtype, device)
+
         if config.q_lora_rank is None:
-            self.q_proj = Linear(size, heads * config.qk_head_dim, dtype, device)
+            self.q_proj = linear(size, heads * config.qk_head_dim)
         else:
-            self.q_a_proj = Linear(size, config.q_lora_rank, dtype, device)
+            self.q_a_proj = linear(size, config.q_lora_rank)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS, dtype, device)
-            self.q_b_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim, dtype, device)
-        self.kv_a_proj_with_mqa = Linear(size, config.kv_lora_rank + config.qk_rope_head_dim, dtype, device)
+            self.q_b_proj = linear(config.q_lora_rank, heads * config.qk_head_dim)
+        self.kv_a_proj_with_mqa = linear(size, config.kv_lora_rank + config.qk_rope_head_dim)
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS, dtype, device)
         self.kv_b_proj = Linear(
             config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), dtype, device
         )
-        self.o_proj = Linear(heads * config.v_head_dim, size, dtype, device)
+        self.o_proj = linear(heads * config.v_head_dim, size)
         self._absorbed: tuple[Tensor, Tensor] | None = None
 
     def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -126,6 +133,8 @@ class LatentAttention:
 
     def attend(self, layer: int, projections: Projections, q: Tensor, latents: Tensor, batch: Batch) -> Tensor:
         self._cache.write(layer, batch.blocks, batch.offsets, latents)
+        if batch.decode is not None:
+            return self._decode(layer, projections, q, batch.decode)
         outputs = []
         for span in batch.spans:
             if span.num_tokens == span.context_len and self._cache.layout.kv_dtype != "fp8":
@@ -137,6 +146,22 @@ class LatentAttention:
             else:
                 outputs.append(causal_attention(_rows(q, span), *projections.expand(held), self._scale))
         return torch.cat(outputs)
+
+    def _decode(self, layer: int, projections: Projections, q: Tensor, tables: DecodeTables) -> Tensor:
+        """One token of each sequence, all at once: q [B, H, N+R] to [B, H, V], straight from the blocks."""
+        key_weights, value_weights = projections.absorb_weights()
+        nope = key_weights.shape[1]
+        q_latent = torch.bmm(q[..., :nope].transpose(0, 1), key_weights).transpose(0, 1)
+        u = mla_decode(
+            torch.cat((q_latent, q[..., nope:]), dim=-1),
+            self._cache.pool[:, layer],
+            tables.block_tables,
+            tables.context_lens,
+            self._scale,
+            self._rank,
+            tables.max_context_len,
+        )
+        return torch.bmm(u.transpose(0, 1), value_weights).transpose(0, 1)
 
     def _absorbed(self, projections: Projections, q: Tensor, held: Tensor) -> Tensor:
         """q [Q, H, N+R], held [S, C+R] to [Q, H, V]: multi-query attention in latent space."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from services.common.errors import AntiphonError, InvalidRequest
+from services.common.errors import AntiphonError, InvalidRequest, NumericsError
 from services.common.messages import FinishReason, SamplingParams, TokenLogprobs
 from services.common.prefix_hash import PrefixHasher
 from services.engine.batch import wants_all_logits
@@ -113,6 +113,8 @@ class Engine:
     def add(self, request: EngineRequest, reservation: Reservation | None = None) -> None:
         """Queues a request. Raises InvalidRequest, PromptTooLong or QueueFull with nothing changed."""
         self._check_tokens("prompt", request.prompt_token_ids)
+        if request.resumed_token_ids:
+            self._check_tokens("resumed_token_ids", request.resumed_token_ids)
         check_vocabulary(request.sampling, self.config.vocab_size)
         seq = Sequence(
             request.request_id,
@@ -164,20 +166,23 @@ class Engine:
     def _sample(self, chunks: ListLike[Chunk], logits: Tensor) -> tuple[dict[str, int], list[tuple[str, Sampled]]]:
         """The next token of each chunk that samples. A sequence whose logits are not numbers ends here, alone."""
         rows, sampling, row = [], [], 0
+        unscored: list[tuple[str, Sampled]] = []
         for chunk in chunks:
             live = self._live.get(chunk.seq.seq_id)
             width = chunk.num_tokens if wants_all_logits(chunk) else int(chunk.samples)
             if live is not None and wants_all_logits(chunk):
-                self._gather_prompt_logprobs(live, chunk, logits[row : row + width])
+                try:
+                    self._gather_prompt_logprobs(live, chunk, logits[row : row + width])
+                except NumericsError as error:
+                    unscored.append((chunk.seq.seq_id, Sampled(-1, error=error)))
+                    live = None
             row += width
             if chunk.samples and live is not None:
                 rows.append(row - 1)
                 sampling.append((chunk.seq.seq_id, self._sampling_row(live)))
-        if not rows:
-            return {}, []
         picked = logits if len(rows) == logits.shape[0] else logits[rows]
         results = self._sampler.sample(picked, [each for _, each in sampling])
-        outputs = [(seq_id, result) for (seq_id, _), result in zip(sampling, results, strict=True)]
+        outputs = [(seq_id, result) for (seq_id, _), result in zip(sampling, results, strict=True)] + unscored
         for seq_id, result in outputs:
             if result.error is not None:
                 self.scheduler.finish(seq_id, FinishReason.ERROR)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from services.engine.kernels.fp8_linear import SCALE_BLOCK, fp8_linear
+
 
 class RMSNorm(nn.Module):
     """w * x / sqrt(mean(x^2) + eps) over the last dimension; statistics in fp32 (Zhang and Sennrich 2019)."""
@@ -63,6 +65,36 @@ class Linear(nn.Module):
         self._packed = PackedWeight(self.weight)
         if not keeps_weight:
             self.weight.data = self.weight.data.new_empty(0)
+
+
+class Fp8Linear(nn.Module):
+    """x [T, in] to [T, out] from an e4m3 weight and its 128x128 block scales; activations are quantised too (W8A8)."""
+
+    def __init__(self, size_in: int, size_out: int, device: torch.device | str, *, rounds_scales: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(
+            torch.empty(size_out, size_in, dtype=torch.float8_e4m3fn, device=device), requires_grad=False
+        )
+        blocks = (-(-size_out // SCALE_BLOCK), -(-size_in // SCALE_BLOCK))
+        self.weight_scale_inv = nn.Parameter(torch.empty(blocks, device=device), requires_grad=False)
+        self._rounds_scales = rounds_scales
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fp8_linear(x, self.weight, self.weight_scale_inv, self._rounds_scales)
+
+
+class Fp8MLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), each straight from its FP8 weight."""
+
+    def __init__(self, size: int, inner: int, device: torch.device | str, *, rounds_scales: bool) -> None:
+        super().__init__()
+        self.gate_proj = Fp8Linear(size, inner, device, rounds_scales=rounds_scales)
+        self.up_proj = Fp8Linear(size, inner, device, rounds_scales=rounds_scales)
+        self.down_proj = Fp8Linear(inner, size, device, rounds_scales=rounds_scales)
+
+    def forward(self, x: Tensor) -> Tensor:
+        down: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return down
 
 
 class MLP(nn.Module):

@@ -73,7 +73,8 @@ def _network(
     device: torch.device,
     progress: Progress | None,
 ) -> DeepseekForCausalLM:
-    network = DeepseekForCausalLM(config, dtype, device).eval()
+    keeps_fp8 = config.is_fp8 and computes_fp8(device)
+    network = DeepseekForCausalLM(config, dtype, device, keeps_fp8=keeps_fp8).eval()
     if model.load_format == "dummy":
         dummy_weights(network, model.seed)
     else:
@@ -81,6 +82,11 @@ def _network(
     if device.type == "cpu" and PackedWeight.is_available():
         network.pack()
     return network
+
+
+def computes_fp8(device: torch.device) -> bool:
+    """Whether its matrix units take e4m3 (Ada, Hopper and newer)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def _device(name: str) -> torch.device:

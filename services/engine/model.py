@@ -15,21 +15,25 @@ from services.engine.attention import Attention, Projections
 from services.engine.batch import Batch
 from services.engine.config import ModelConfig
 from services.engine.layers import MLP, Linear, PackedWeight, RMSNorm
-from services.engine.moe import Experts, MoE
+from services.engine.moe import Experts, Fp8Experts, MoE, feed_forward
 from services.engine.rotary import RotaryEmbedding
 
 
 class DecoderLayer(nn.Module):
     """One layer; its feed-forward is dense or a mixture of experts."""
 
-    def __init__(self, config: ModelConfig, index: int, dtype: torch.dtype, device: torch.device | str) -> None:
+    def __init__(
+        self, config: ModelConfig, index: int, dtype: torch.dtype, device: torch.device | str, *, keeps_fp8: bool
+    ) -> None:
         super().__init__()
         size = config.hidden_size
         self.input_layernorm = RMSNorm(size, config.rms_norm_eps, dtype, device)
-        self.self_attn = Projections(config, dtype, device)
+        self.self_attn = Projections(config, dtype, device, keeps_fp8=keeps_fp8)
         self.post_attention_layernorm = RMSNorm(size, config.rms_norm_eps, dtype, device)
-        is_moe = config.moe_layers[index]
-        self.mlp = MoE(config, dtype, device) if is_moe else MLP(size, config.intermediate_size, dtype, device)
+        if config.moe_layers[index]:
+            self.mlp: nn.Module = MoE(config, dtype, device, keeps_fp8=keeps_fp8)
+        else:
+            self.mlp = feed_forward(config, config.intermediate_size, dtype, device, keeps_fp8=keeps_fp8)
 
 
 class Embedding(nn.Module):
@@ -47,10 +51,12 @@ class Embedding(nn.Module):
 class Backbone(nn.Module):
     """What the checkpoint calls `model`."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str, *, keeps_fp8: bool) -> None:
         super().__init__()
         self.embed_tokens = Embedding(config, dtype, device)
-        self.layers = nn.ModuleList(DecoderLayer(config, i, dtype, device) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, i, dtype, device, keeps_fp8=keeps_fp8) for i in range(config.num_hidden_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
 
     @property
@@ -59,12 +65,18 @@ class Backbone(nn.Module):
 
 
 class DeepseekForCausalLM(nn.Module):
-    """DeepSeek-V2 or V3. Weights are uninitialised until weights.py fills them."""
+    """DeepSeek-V2 or V3. Weights are uninitialised until weights.py fills them.
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> None:
+    keeps_fp8: weights that the checkpoint has in FP8 stay so and are computed with (W8A8); otherwise they are
+    dequantised while loading. kv_b_proj is always dequantised: the absorbed form needs its numbers.
+    """
+
+    def __init__(
+        self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str, *, keeps_fp8: bool = False
+    ) -> None:
         super().__init__()
         self.config = config
-        self.model = Backbone(config, dtype, device)
+        self.model = Backbone(config, dtype, device, keeps_fp8=keeps_fp8)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, dtype, device)
         self._packed_head: PackedWeight | None = None
@@ -106,7 +118,7 @@ class DeepseekForCausalLM(nn.Module):
         views: dict[str, Tensor] = {}
         covered: set[str] = set()
         for prefix, module in self.named_modules():
-            if isinstance(module, MLP | Experts):
+            if isinstance(module, MLP | Experts | Fp8Experts):
                 views |= {f"{prefix}.{name}": view for name, view in module.checkpoint_views().items()}
                 covered.add(prefix + ".")
         for name, parameter in self.named_parameters():

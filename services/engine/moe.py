@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from services.engine.config import ModelConfig
-from services.engine.layers import MLP, PackedWeight
+from services.engine.kernels.fp8_linear import SCALE_BLOCK
+from services.engine.kernels.moe_experts import moe_experts
+from services.engine.layers import MLP, Fp8MLP, PackedWeight
 
 
 class Router(nn.Module):
@@ -70,6 +72,8 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """sum over k of weights[t, k] * expert ids[t, k](x[t]); accumulated in fp32, [T, D] in the dtype of x."""
+        if x.is_cuda:
+            return moe_experts(x, self.gate_up, self.down, ids, weights)
         num_tokens, top_k = ids.shape
         if num_tokens == 1:
             outputs = torch.cat([self._expert(expert, x) for expert in ids[0].tolist()])
@@ -114,18 +118,68 @@ class Experts(nn.Module):
         return views
 
 
+class Fp8Experts(nn.Module):
+    """All routed experts of a layer in e4m3 with 128x128 block scales: gate_up [E, 2M, D], down [E, D, M]."""
+
+    def __init__(self, config: ModelConfig, device: torch.device | str) -> None:
+        super().__init__()
+        num, inner, size = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
+        inner_blocks, size_blocks = -(-inner // SCALE_BLOCK), -(-size // SCALE_BLOCK)
+
+        def parameter(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+
+        self.gate_up = parameter(num, 2 * inner, size, dtype=torch.float8_e4m3fn)
+        self.down = parameter(num, size, inner, dtype=torch.float8_e4m3fn)
+        self.gate_up_scale = parameter(num, 2 * inner_blocks, size_blocks)
+        self.down_scale = parameter(num, size_blocks, inner_blocks)
+        self.num_experts = num
+        self._rounds_scales = config.rounds_activation_scales
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """As Experts, with activations quantised on the way (W8A8)."""
+        return moe_experts(
+            x, self.gate_up, self.down, ids, weights, self.gate_up_scale, self.down_scale, self._rounds_scales
+        )
+
+    def checkpoint_views(self) -> dict[str, Tensor]:
+        """Where the checkpoint's tensors go, by their names below this module."""
+        views: dict[str, Tensor] = {}
+        for expert in range(self.num_experts):
+            gate, up = self.gate_up.data[expert].chunk(2, dim=0)
+            gate_scale, up_scale = self.gate_up_scale.data[expert].chunk(2, dim=0)
+            views |= {
+                f"{expert}.gate_proj.weight": gate,
+                f"{expert}.gate_proj.weight_scale_inv": gate_scale,
+                f"{expert}.up_proj.weight": up,
+                f"{expert}.up_proj.weight_scale_inv": up_scale,
+                f"{expert}.down_proj.weight": self.down.data[expert],
+                f"{expert}.down_proj.weight_scale_inv": self.down_scale.data[expert],
+            }
+        return views
+
+
 class MoE(nn.Module):
     """Routed experts plus the shared expert (one MLP of n_shared_experts times the width, neither gated nor scaled)."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str, *, keeps_fp8: bool) -> None:
         super().__init__()
         self.gate = Router(config, device)
-        self.experts = Experts(config, dtype, device)
-        self.shared_experts: MLP | None = None
+        self.experts = Fp8Experts(config, device) if keeps_fp8 else Experts(config, dtype, device)
+        self.shared_experts: MLP | Fp8MLP | None = None
         if config.n_shared_experts:
             inner = config.n_shared_experts * config.moe_intermediate_size
-            self.shared_experts = MLP(config.hidden_size, inner, dtype, device)
+            self.shared_experts = feed_forward(config, inner, dtype, device, keeps_fp8=keeps_fp8)
 
     def forward(self, x: Tensor) -> Tensor:
         routed: Tensor = self.experts(x, *self.gate(x))
         return routed if self.shared_experts is None else routed + self.shared_experts(x)
+
+
+def feed_forward(
+    config: ModelConfig, inner: int, dtype: torch.dtype, device: torch.device | str, *, keeps_fp8: bool
+) -> MLP | Fp8MLP:
+    """A dense feed-forward of width `inner`, its weights kept in FP8 or not."""
+    if keeps_fp8:
+        return Fp8MLP(config.hidden_size, inner, device, rounds_scales=config.rounds_activation_scales)
+    return MLP(config.hidden_size, inner, dtype, device)

@@ -42,8 +42,8 @@ def plan(
     config: ModelConfig, memory_bytes: int, dtype: torch.dtype, *, block_size: int = 16, max_seq_len: int | None = None
 ) -> Plan:
     """What fits. max_seq_len is one more length to show; lengths beyond the model's own limit are left out."""
-    model = DeepseekForCausalLM(config, dtype, "meta")
-    num_parameters = sum(each.numel() for each in model.parameters())
+    model = DeepseekForCausalLM(config, dtype, "meta", keeps_fp8=config.is_fp8)
+    num_parameters = sum(each.numel() for name, each in model.named_parameters() if "scale" not in name)
     weight_bytes = sum(each.numel() * each.element_size() for each in model.parameters())
     left_bytes = memory_bytes - weight_bytes - SPARE_BYTES
     lengths = {n for n in LENGTHS if n <= config.max_position_embeddings}

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from services.common.errors import InvalidCheckpoint
 from services.engine.config import FP8_BLOCK, ModelConfig
+from services.engine.kernels.fp8_linear import dequantize
 from services.engine.model import DeepseekForCausalLM
 
 Progress = Callable[[int, int], None]
@@ -51,6 +52,11 @@ def dummy_weights(model: DeepseekForCausalLM, seed: int) -> None:
         data = parameter.data
         if "norm" in name:
             data.fill_(1.0)
+        elif data.dtype == torch.float8_e4m3fn:
+            for part in data if data.ndim == 3 else (data,):  # a matrix at a time: fp32 of all experts may not fit
+                part.copy_(torch.empty(part.shape, device=device).normal_(0.0, 1.0, generator=generator))
+        elif "scale" in name:  # of e4m3 numbers of unit variance
+            data.fill_((data.shape[-1] * FP8_BLOCK) ** -0.5)
         elif "e_score_correction_bias" in name:
             data.zero_()
         else:
@@ -113,7 +119,10 @@ def _fill(view: Tensor, name: str, files: dict[str, Any], owners: dict[str, str]
     file = owners[name]
     if tensor.shape != view.shape:
         raise InvalidCheckpoint(file, f"has shape {list(tensor.shape)}, not {list(view.shape)}", tensor=name)
-    if tensor.dtype == torch.float8_e4m3fn:
+    if view.dtype == torch.float8_e4m3fn:
+        if tensor.dtype != view.dtype:
+            raise InvalidCheckpoint(file, f"is {tensor.dtype}, but quantization_config says FP8", tensor=name)
+    elif tensor.dtype == torch.float8_e4m3fn:
         scale_name = f"{name}_scale_inv"
         if scale_name not in owners:
             raise InvalidCheckpoint(file, "its scales are missing", tensor=scale_name)
@@ -121,20 +130,20 @@ def _fill(view: Tensor, name: str, files: dict[str, Any], owners: dict[str, str]
         wanted = [-(-size // FP8_BLOCK) for size in tensor.shape]
         if list(scales.shape) != wanted:
             raise InvalidCheckpoint(file, f"has shape {list(scales.shape)}, not {wanted}", tensor=scale_name)
-        tensor = dequantise(tensor.to(view.device), scales.to(view.device))
+        tensor = dequantize(tensor.to(view.device), scales.to(view.device).float(), torch.float32)
     elif tensor.dtype not in _FLOAT_DTYPES:
         raise InvalidCheckpoint(file, f"has dtype {tensor.dtype}", tensor=name)
     elif f"{name}_scale_inv" in owners:
         raise InvalidCheckpoint(file, f"scales weights of dtype {tensor.dtype}", tensor=f"{name}_scale_inv")
     view.copy_(tensor)
-    if not bool(view.isfinite().all()):
+    if not _is_finite(view):
         raise InvalidCheckpoint(file, "holds NaN or infinite numbers", tensor=name)
 
 
-def dequantise(weight: Tensor, scales: Tensor) -> Tensor:
-    """e4m3 [out, in] times its scale a 128x128 block [ceil(out/128), ceil(in/128)]; fp32."""
-    rows = scales.float().repeat_interleave(FP8_BLOCK, 0)[: weight.shape[0]]
-    return weight.float() * rows.repeat_interleave(FP8_BLOCK, 1)[:, : weight.shape[1]]
+def _is_finite(view: Tensor) -> bool:
+    if view.dtype == torch.float8_e4m3fn:
+        return bool(((view.view(torch.uint8) & 0x7F) != 0x7F).all())  # e4m3fn has NaN and no infinity
+    return bool(view.isfinite().all())
 
 
 def _read(name: str, files: dict[str, Any], owners: dict[str, str]) -> Tensor:
