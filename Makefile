@@ -19,6 +19,12 @@ venv: .venv/.installed  ## .venv with the pinned dependencies
 test: venv  ## all tests (no GPU needed)
 	$(BIN)/pytest
 
+demo: venv  ## the whole cluster on this machine, and a conversation with it
+	$(BIN)/python scripts/demo.py
+
+bench: venv  ## CPU speed beside transformers, on a quiet machine
+	$(BIN)/python -m tests.bench.engine_cpu --threads 1
+
 lint: venv  ## style, types, who may import whom, generated code in sync
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -32,6 +38,9 @@ format: venv  ## what the linter can mend by itself
 
 protos: venv  ## generated stubs from protos/
 	$(BIN)/python scripts/generate_protos.py
+
+constraints: venv  ## pin what the venv holds now
+	$(BIN)/pip freeze --exclude-editable | sed "s/+cpu//" > constraints.txt
 
 clean:  ## remove what the commands above made
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,6 +1,7 @@
 """The command `antiphon`.
 
-chat, generate, score and plan run the pipeline in this process.
+chat, generate, score and plan run the pipeline in this process; serve starts a cluster, and chat and generate with
+--target, sessions and status speak to one.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from services import cli_jsonl, cli_local
+from services import cli_jsonl, cli_local, cluster_cli, remote_chat
 from services.common.errors import AntiphonError, InvalidRequest
+from services.common.messages import SamplingParams
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -36,10 +38,26 @@ Temperature = Annotated[float | None, typer.Option(help="0 is greedy. Not set: t
 TopP = Annotated[float | None, typer.Option(help="Nucleus. Not set: the checkpoint's default.")]
 MaxTokens = Annotated[int | None, typer.Option(help="Most tokens of a reply.")]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling reproducible.")]
+Target = Annotated[str | None, typer.Option(help="host:port of a cluster's gateway. Not set: this process.")]
+Session = Annotated[str | None, typer.Option(help="Name of the cluster's session to go on with.")]
+Token = Annotated[str | None, typer.Option(help="Bearer token for --target.", envvar="ANTIPHON_TOKEN")]
+
+# What only means something in this process.
+_LOCAL_OPTIONS = (
+    "model", "device", "dtype", "cache_mode", "kv_dtype", "load_format", "max_seq_len", "kv_memory", "input", "output",
+)  # fmt: skip
+
+app.command()(cluster_cli.serve)
+app.command()(cluster_cli.status)
+app.add_typer(cluster_cli.sessions_app, name="sessions")
 
 
 @app.command()
 def chat(
+    context: typer.Context,
+    target: Target = None,
+    session: Session = None,
+    token: Token = None,
     model: Model = "demo",
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     temperature: Temperature = None,
@@ -56,6 +74,11 @@ def chat(
 ) -> None:
     """A conversation in the terminal. Lines from a pipe work too; /reset starts anew, /exit or Ctrl-D ends."""
     with _errors_for_people():
+        _check_target(context, target, session)
+        if target is not None:
+            given = _given_sampling(temperature, top_p, max_tokens, seed)
+            remote_chat.chat_remote(target, session, given, token, system)
+            return
         pipeline = cli_local.load(
             model, device, dtype, cache_mode, kv_dtype, load_format, max_seq_len, kv_memory, Console(stderr=True)
         )
@@ -65,6 +88,10 @@ def chat(
 
 @app.command()
 def generate(
+    context: typer.Context,
+    target: Target = None,
+    session: Session = None,
+    token: Token = None,
     model: Model = "demo",
     prompt: Annotated[str | None, typer.Option(help="One prompt, as plain text without a chat template.")] = None,
     input: Annotated[
@@ -88,6 +115,11 @@ def generate(
     with _errors_for_people():
         if (prompt is None) == (input is None):
             raise InvalidRequest("--prompt", "give exactly one of --prompt and --input")
+        _check_target(context, target, session)
+        if target is not None and prompt is not None:
+            given = _given_sampling(temperature, top_p, max_tokens, seed)
+            remote_chat.generate_remote(target, prompt, session, given, token)
+            return
         pipeline = cli_local.load(
             model, device, dtype, cache_mode, kv_dtype, load_format, max_seq_len, kv_memory, Console(stderr=True)
         )
@@ -133,6 +165,29 @@ def plan(
     """What fits into a GPU, from config.json alone: weights, cache bytes a token, blocks, sequences by length."""
     with _errors_for_people():
         cli_local.show_plan(model, gpu_memory, max_seq_len, dtype, block_size, Console())
+
+
+def _check_target(context: typer.Context, target: str | None, session: str | None) -> None:
+    """Options that would be ignored are refused."""
+    if target is None:
+        if session is not None:
+            raise InvalidRequest("--session", "needs --target: sessions with a name live in a cluster")
+        return
+    for name in _LOCAL_OPTIONS:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise InvalidRequest(
+                f"--{name.replace('_', '-')}", "is the cluster's to decide; leave it out with --target"
+            )
+
+
+def _given_sampling(
+    temperature: float | None, top_p: float | None, max_tokens: int | None, seed: int | None
+) -> SamplingParams | None:
+    """What was given; None leaves all to the cluster's defaults."""
+    given = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
+    given = {name: value for name, value in given.items() if value is not None}
+    return SamplingParams(**given) if given else None  # type: ignore[arg-type]
 
 
 @contextmanager
