@@ -90,7 +90,7 @@ def serve_application(settings: Settings, progress: Progress = lambda stage: Non
         progress("Ray")
         stack.enter_context(local_ray(settings))
         progress(f"model {settings.model.path}: {_replicas_in_words(settings)}")
-        handle = _run(settings)
+        handle = stack.enter_context(deployed(settings))
         target = handle.address.remote().result()
         yield RunningApplication(target, handle.metrics_address.remote().result(), settings)
         progress("stopping")
@@ -131,20 +131,26 @@ def local_ray(settings: Settings) -> Iterator[None]:
         )
         yield
     finally:
-        if serve_is_running():
-            serve.shutdown()  # type: ignore[no-untyped-call]
         ray.shutdown()
         shutil.rmtree(temp_dir, ignore_errors=True)
 
 
-def serve_is_running() -> bool:
-    """Whether this process's Ray has a Serve to shut down."""
-    return ray.is_initialized() and bool(serve.status().applications)
+@contextmanager
+def deployed(settings: Settings) -> Iterator[Any]:
+    """The handle of the application's gateway, once all replicas are ready; they drain and end at the end.
+
+    Raises Unavailable if the application does not start.
+    """
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    # No proxy: clients speak to the gateway's own server, and a proxy would be one more open port.
+    serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING", "enable_access_log": False})
+    try:
+        yield _run(settings)
+    finally:
+        serve.delete(APP_NAME)  # Serve itself ends with Ray
 
 
 def _run(settings: Settings) -> Any:
-    # No proxy: clients speak to the gateway's own server, and a proxy would be one more open port.
-    serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING", "enable_access_log": False})
     try:
         return serve.run(build_app(settings), name=APP_NAME, route_prefix=None)
     except RuntimeError as error:  # a deployment that cannot start; the replica's own words are in the status

@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 from services.client import Client
 from services.common.messages import SessionInfo
@@ -157,18 +158,17 @@ class Stages:
 
 def ready_panel(target: str, metrics_address: str) -> Panel:
     """Where to go next."""
-    port = target.rpartition(":")[2]
     option = "" if target == DEFAULT_TARGET else f" --target {target}"
     lines = (
         f"gRPC      {target}  (antiphon.v1, health, reflection)",
         f"metrics   http://{metrics_address}/metrics",
         "",
-        f"antiphon chat --target {target} --session first",
-        f"antiphon status{option}",
-        f"python -c \"from services.client import *; c = Client('localhost:{port}'); "
-        f"print(*[e.text for e in c.generate('Hello') if isinstance(e, Delta)], sep='')\"",
+        "In another terminal:",
+        f"  antiphon chat --target {target} --session first",
+        f"  antiphon generate --target {target} --prompt 'Tell me a short story.'",
+        f"  antiphon status{option}",
     )
-    return Panel("\n".join(lines), title="ready", subtitle="Ctrl-C stops everything", expand=False)
+    return Panel(Text("\n".join(lines)), title="ready", subtitle="Ctrl-C stops everything", expand=False)
 
 
 def replica_table(records: Sequence[ReplicaRecord]) -> Table:

@@ -27,6 +27,7 @@ def prepare_environment(environment: MutableMapping[str, str]) -> None:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_SERVE_LOG_TO_STDERR": "0",  # Serve's logs stay in Ray's folder; ours go to stderr
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "1.0",  # 0.1 s is missed on a busy machine
         "UCX_CUDA_IPC_ENABLE_GET_ZCOPY": "on",  # eighty times the speed where UCX sees no NVLink

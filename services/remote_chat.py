@@ -21,7 +21,7 @@ from services.common.messages import (
 
 QUIT_WORDS = ("/bye", "/quit", "/exit")
 _SOURCES = {
-    KvSource.LOCAL: "held",
+    KvSource.LOCAL: "held by",
     KvSource.FETCHED: "fetched from",
     KvSource.PREFILL: "computed by",
     KvSource.COMPUTED: "computed by",

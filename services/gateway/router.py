@@ -2,16 +2,21 @@
 
 The cost of a replica is the time to the turn's first token there, in milliseconds:
 
-    wait       tokens that stand before the turn / rate at which the replica computes them
+    wait       tokens that stand before the turn / prefill rate, and half a step of the sequences that run
     transfer   bytes of history that another replica holds and this one lacks / measured transfer rate
     prefill    tokens that nobody holds / prefill rate
     memory     the time to evict or preempt: grows as the free blocks run short of what the turn needs
+    moving     for all but the holder of the longest prefix: what has to be gained for leaving it. Loads are a heartbeat
+               old, and a session that moves takes memory twice
 
-Ties go to the replica with the longest prefix, then the lower load. Rates that nobody has measured yet are assumed.
+Ties go to the replica with the longest prefix, then the lower load. Rates are the mean of what the replicas measured:
+what one of them computed last says more about its last prompt than about the replica. Those that nobody has measured
+yet are assumed.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import random
 from collections.abc import Mapping, Sequence
@@ -26,7 +31,9 @@ from services.sessions.registry import ReplicaRecord
 ASSUMED_PREFILL_TOKENS_PER_S = 2000.0
 ASSUMED_DECODE_TOKENS_PER_S = 200.0
 ASSUMED_TRANSFER_BYTES_PER_S = 2e9
-TRANSFER_OVERHEAD_MS = 5.0
+TRANSFER_OVERHEAD_MS = 15.0
+MIN_GAIN_MS = 30.0  # of moving a session, and a third of what it would cost to stay
+MIN_GAIN_FRACTION = 1 / 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +114,7 @@ def choose(
     held = {each.holder.replica_id: min(each.holder.num_computed_tokens, most) for each in holders}
     best_held = max(held.values(), default=0)
     notes = {record.replica_id: _why_not(record, question) for record in records}
-    scored = [_score(record, question, held.get(record.replica_id, 0), best_held, settings) for record in records]
+    scored = _scores(question, records, held, settings)
     usable = [each for each in scored if not notes[each.record.replica_id]]
     if not usable:
         raise Unavailable("no decode replica can take the turn now")
@@ -145,19 +152,62 @@ def _why_not(record: ReplicaRecord, question: RoutingQuestion) -> str:
     return (question.excluded or {}).get(record.replica_id, "")
 
 
+@dataclass(frozen=True, slots=True)
+class _Rates:
+    """Of a typical replica."""
+
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    transfer_bytes_per_s: float
+
+    @classmethod
+    def of(cls, records: Sequence[ReplicaRecord]) -> _Rates:
+        return cls(
+            _mean([record.prefill_tokens_per_s for record in records], ASSUMED_PREFILL_TOKENS_PER_S),
+            _mean([record.decode_tokens_per_s for record in records], ASSUMED_DECODE_TOKENS_PER_S),
+            _mean([record.transfer_bytes_per_s for record in records], ASSUMED_TRANSFER_BYTES_PER_S),
+        )
+
+
+def _mean(rates: Sequence[float | None], assumed: float) -> float:
+    measured = [rate for rate in rates if rate]
+    return sum(measured) / len(measured) if measured else assumed
+
+
+def _scores(
+    question: RoutingQuestion, records: Sequence[ReplicaRecord], held: Mapping[str, int], settings: RoutingSettings
+) -> list[_Scored]:
+    rates, best_held = _Rates.of(records), max(held.values(), default=0)
+    scored = [
+        _score(record, question, held.get(record.replica_id, 0), best_held, rates, settings) for record in records
+    ]
+    to_stay_ms = [each.cost_ms for each in scored if each.num_held_tokens == best_held]
+    if not best_held or not to_stay_ms:
+        return scored
+    moving_ms = max(MIN_GAIN_MS, MIN_GAIN_FRACTION * min(to_stay_ms))
+    return [
+        each if each.num_held_tokens == best_held else dataclasses.replace(each, cost_ms=each.cost_ms + moving_ms)
+        for each in scored
+    ]
+
+
 def _score(
-    record: ReplicaRecord, question: RoutingQuestion, num_held: int, best_held: int, settings: RoutingSettings
+    record: ReplicaRecord,
+    question: RoutingQuestion,
+    num_held: int,
+    best_held: int,
+    rates: _Rates,
+    settings: RoutingSettings,
 ) -> _Scored:
-    prefill_rate = record.prefill_tokens_per_s or ASSUMED_PREFILL_TOKENS_PER_S
-    decode_rate = record.decode_tokens_per_s or ASSUMED_DECODE_TOKENS_PER_S
-    transfer_rate = record.transfer_bytes_per_s or ASSUMED_TRANSFER_BYTES_PER_S
+    prefill_rate = rates.prefill_tokens_per_s
     # What a heartbeat says is part of what was sent, or the other way round: their sum would count it twice.
     waiting = max(record.num_waiting_tokens, (question.pending_tokens or {}).get(record.replica_id, 0))
-    # Every running sequence takes its turn in each step: one more step of each is what a newcomer waits for.
-    wait_ms = (waiting / prefill_rate + record.num_running / decode_rate) * 1e3
+    wait_ms = (waiting / prefill_rate + record.num_running / rates.decode_tokens_per_s / 2) * 1e3
     num_fetched = max(best_held - num_held, 0)
     fetch_ms = (
-        TRANSFER_OVERHEAD_MS + num_fetched * question.kv_token_bytes / transfer_rate * 1e3 if num_fetched else 0.0
+        TRANSFER_OVERHEAD_MS + num_fetched * question.kv_token_bytes / rates.transfer_bytes_per_s * 1e3
+        if num_fetched
+        else 0.0
     )
     num_missing = question.num_prompt_tokens - num_held - num_fetched
     prefill_ms = num_missing / prefill_rate * 1e3

@@ -77,6 +77,13 @@ def test_stays_with_a_moderately_busy_holder() -> None:
     assert choose(ask(1000, holder("b", 900)), records, COST).decision.replica == "b"
 
 
+def test_stays_for_a_gain_that_is_small_against_the_cost_of_staying() -> None:
+    records = [replica("a"), replica("b", num_waiting_tokens=50)]
+    assert choose(ask(1000, holder("b", 900)), records, COST).decision.replica == "b"
+    records = [replica("a"), replica("b", num_waiting_tokens=400)]
+    assert choose(ask(1000, holder("b", 900)), records, COST).decision.replica == "a"
+
+
 def test_history_is_recomputed_where_fetching_costs_more_than_queueing() -> None:
     slow = {"transfer_bytes_per_s": 1e5}
     records = [replica("a", **slow), replica("b", num_waiting_tokens=3000, **slow)]
@@ -147,6 +154,11 @@ def test_replicas_that_have_measured_nothing_are_compared_all_the_same() -> None
     blank = {"prefill_tokens_per_s": None, "decode_tokens_per_s": None, "transfer_bytes_per_s": None}
     route = choose(ask(1000, holder("b", 900)), [replica("a", **blank), replica("b", **blank)], COST)
     assert route.decision.replica == "b"
+
+
+def test_a_slow_last_prompt_does_not_drive_a_session_from_its_holder() -> None:
+    records = [replica("a", prefill_tokens_per_s=None), replica("b", prefill_tokens_per_s=50.0)]
+    assert choose(ask(1000, holder("b", 900)), records, COST).decision.replica == "b"
 
 
 @given(
