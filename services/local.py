@@ -77,6 +77,7 @@ class LocalPipeline:
         self.engine = engine
         self.tokenizer = tokenizer
         self._ids = itertools.count()
+        self._outputs: dict[str, deque[EngineOutput]] = {}  # of each request that runs, not looked at yet
 
     @classmethod
     def load(cls, model: ModelSettings, engine: EngineSettings, progress: Progress | None = None) -> LocalPipeline:
@@ -101,7 +102,7 @@ class LocalPipeline:
         """Generates for all requests at once; yields (index of the request, event) as tokens come.
 
         More requests than may wait in the engine are added as room appears. Closing the iterator aborts what still
-        runs. One run at a time: end or close it before the next. Raises what `Engine.add` raises, and NumericsError.
+        runs. Several runs may be open at once. Raises what `Engine.add` raises, and NumericsError.
         """
         replies: dict[str, _Reply] = {}
         waiting = deque(enumerate(requests))
@@ -109,11 +110,12 @@ class LocalPipeline:
             while waiting or replies:
                 while waiting and self._add(*waiting[0], replies):
                     waiting.popleft()
-                for output in self.engine.step():
-                    yield from self._events(output, replies)
+                for request_id, output in self._take(replies):
+                    if request_id in replies:
+                        yield from self._events(output, replies)
         finally:
             for request_id in replies:
-                self.engine.abort(request_id)
+                self._end(request_id, FinishReason.ABORTED)
 
     def _add(self, index: int, request: LocalRequest, replies: dict[str, _Reply]) -> bool:
         """Whether the engine has room for the request now."""
@@ -128,21 +130,33 @@ class LocalPipeline:
                 raise
             return False
         replies[request_id] = reply
+        self._outputs[request_id] = deque()
         return True
 
+    def _take(self, request_ids: Iterable[str]) -> list[tuple[str, EngineOutput]]:
+        """What is new for these requests; steps the engine if nothing is. Other runs find theirs later."""
+        if not any(self._outputs[request_id] for request_id in request_ids):
+            for output in self.engine.step():
+                self._outputs[output.request_id].append(output)
+        taken = [(request_id, output) for request_id in request_ids for output in self._outputs[request_id]]
+        for request_id in request_ids:
+            self._outputs[request_id].clear()
+        return taken
+
+    def _end(self, request_id: str, reason: FinishReason) -> None:
+        del self._outputs[request_id]
+        self.engine.finish(request_id, reason)
+
     def _events(self, output: EngineOutput, replies: dict[str, _Reply]) -> Iterator[tuple[int, Delta | Finished]]:
-        reply = replies[output.request_id]
-        if output.finish_reason is not None:
-            del replies[output.request_id]
         if output.error is not None:
             raise output.error
+        reply = replies[output.request_id]
         yield reply.index, reply.delta(output)
-        if output.finish_reason is not None:
-            yield reply.index, reply.finished(output.finish_reason)
-        elif reply.is_stopped:
+        reason = FinishReason.STOP if reply.is_stopped else output.finish_reason
+        if reason is not None:
             del replies[output.request_id]
-            self.engine.finish(output.request_id, FinishReason.STOP)
-            yield reply.index, reply.finished(FinishReason.STOP)
+            self._end(output.request_id, reason)
+            yield reply.index, reply.finished(reason)
 
     def score(
         self, token_ids: Sequence[int], num_top: int = 0, on_logits: Callable[[int, Tensor], None] | None = None
@@ -151,14 +165,16 @@ class LocalPipeline:
         sampling = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=num_top)
         request_id = f"local-{next(self._ids)}"
         self.engine.add(EngineRequest(request_id, token_ids, sampling, on_prompt_logits=on_logits))
+        self._outputs[request_id] = deque()
         try:
-            while True:
-                for output in self.engine.step():
-                    if output.error is not None:
-                        raise output.error
-                    return Score(tuple(token_ids), output.prompt_logprobs)
+            while not (taken := self._take((request_id,))):
+                pass
         finally:
-            self.engine.abort(request_id)
+            self._end(request_id, FinishReason.ABORTED)
+        _, output = taken[0]
+        if output.error is not None:
+            raise output.error
+        return Score(tuple(token_ids), output.prompt_logprobs)
 
 
 class LocalSession:
