@@ -19,13 +19,16 @@ import pytest
 import tests.cluster.ray_session  # noqa: F401  (sets variables that Ray reads when it is imported)
 
 # isort: split
+import ray
 from ray import serve
 
+from services.common.errors import AntiphonError, InvalidRequest, PromptTooLong, Unavailable
 from services.common.messages import KvSource, PrefillPlace, SamplingParams
 from services.common.settings import Settings
 from services.decode.deployment import DecodeDeployment
 from services.engine.engine import Engine, EngineRequest
 from services.engine.loading import load_engine
+from services.gateway.status import error_from_rpc
 from services.pb.antiphon.internal.v1 import decode_service_pb2 as pb
 from services.pb.antiphon.internal.v1.decode_service_pb2_grpc import DecodeServiceStub
 from services.prefill.deployment import PrefillDeployment
@@ -176,11 +179,6 @@ def _gather(reply: Reply, response: pb.GenerateResponse) -> None:
         reply.finished = response.finished
 
 
-@asynccontextmanager
-async def _nothing() -> AsyncIterator[None]:
-    yield
-
-
 def _running(remote_prefill: str) -> Iterator[Cluster]:
     with tempfile.TemporaryDirectory() as folder, EmbeddedServer(Path(folder, "store")) as store:
         settings = _settings(store, Path(folder), remote_prefill)
@@ -256,11 +254,139 @@ async def test_prefill_fetches_the_history_that_only_decode_holds(cluster: Clust
 
 async def test_a_session_that_moves_fetches_its_history_from_the_old_holder(cluster: Cluster, oracle: Engine) -> None:
     first, second = await cluster.ready()
-    prompt = _prompt(4, 200)
-    history = prompt + (await cluster.turn(first, prompt)).token_ids
+    # Not by way of prefill, so that only the old holder has it.
+    history = _prompt(4, 640)
+    sampling = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, prompt_logprobs=0)
+    history += (await cluster.turn(first, history, sampling)).token_ids
     prompt = history + _prompt(5, 30)
-    reply = await cluster.turn(second, prompt, num_history_tokens=len(history), holder=(first, 208))
+    reply = await cluster.turn(second, prompt, num_history_tokens=len(history), holder=(first, 640))
     assert reply.token_ids == _expected(oracle, prompt)
-    assert sum(num_tokens for _, num_tokens in reply.origins) == len(prompt)
-    assert reply.origins[0] in [(KvSource.FETCHED, 192), (KvSource.FETCHED, 208)]
+    assert reply.origins == [(KvSource.FETCHED, 640), (KvSource.PREFILL, 42)]
+    assert reply.finished is not None
+    assert reply.finished.kv_origins[0].replica == first.replica_id
     await cluster.until_idle()
+
+
+async def test_conversations_at_once_are_the_same_as_in_one_process(cluster: Cluster, oracle: Engine) -> None:
+    replicas = await cluster.ready()
+
+    async def conversation(i: int) -> tuple[list[int], list[list[int]]]:
+        history: list[int] = []
+        replies = []
+        holder = None
+        for turn in range(3):
+            history += _prompt(100 + 10 * i + turn, 20 + 7 * i)
+            record = replicas[(i + turn) % 2]
+            reply = await cluster.turn(record, history, num_history_tokens=len(history), holder=holder)
+            assert reply.finished is not None
+            holder = (record, reply.finished.num_computed_tokens)
+            history += reply.token_ids
+            replies.append(reply.token_ids)
+        return history, replies
+
+    conversations = await asyncio.gather(*[conversation(i) for i in range(6)])
+    for i, (_, replies) in enumerate(conversations):
+        expected: list[int] = []
+        for turn, reply in enumerate(replies):
+            expected += _prompt(100 + 10 * i + turn, 20 + 7 * i)
+            assert reply == _expected(oracle, expected)
+            expected += reply
+    await cluster.until_idle()
+
+
+async def test_a_seeded_reply_with_logprobs_is_the_same_as_in_one_process(cluster: Cluster, oracle: Engine) -> None:
+    first, _ = await cluster.ready()
+    sampling = SamplingParams(temperature=0.8, seed=5, presence_penalty=0.5, max_tokens=8, ignore_eos=True, logprobs=2)
+    reply = await cluster.turn(first, _prompt(6, 90), sampling)
+    assert reply.place is PrefillPlace.PREFILL
+    assert reply.token_ids == _expected(oracle, _prompt(6, 90), sampling)
+    assert len(reply.logprobs) == 8
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.01, 0.03, 0.1])
+async def test_a_cancelled_turn_frees_everything(cluster: Cluster, after_s: float) -> None:
+    first, second = await cluster.ready()
+    long = SamplingParams(temperature=0.0, max_tokens=300, ignore_eos=True)
+    prompt = _prompt(int(7000 + after_s * 1000), 600)
+    async with grpc.aio.insecure_channel(first.address) as channel:
+        call = DecodeServiceStub(channel).Generate(cluster.request(first, prompt, long, holder=(second, 320)))
+        await anext(aiter(call))
+        await asyncio.sleep(after_s)
+        call.cancel()
+    await cluster.until_idle()
+
+
+async def test_a_deadline_ends_the_turn_and_frees_everything(cluster: Cluster) -> None:
+    first, _ = await cluster.ready()
+    long = SamplingParams(temperature=0.0, max_tokens=300, ignore_eos=True)
+    async with grpc.aio.insecure_channel(first.address) as channel:
+        call = DecodeServiceStub(channel).Generate(cluster.request(first, _prompt(8, 600), long), timeout=0.2)
+        with pytest.raises(grpc.aio.AioRpcError) as failed:
+            async for _ in call:
+                pass
+        assert failed.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    await cluster.until_idle()
+
+
+async def test_refusals_carry_their_reason_and_nothing_else(cluster: Cluster) -> None:
+    first, second = await cluster.ready()
+    cases: list[tuple[pb.GenerateRequest, type[AntiphonError]]] = [
+        (cluster.request(first, _prompt(9, 1024)), PromptTooLong),
+        (cluster.request(first, []), InvalidRequest),
+        (cluster.request(first, [512]), InvalidRequest),
+        (cluster.request(second, [1]), Unavailable),
+    ]
+    async with grpc.aio.insecure_channel(first.address) as channel:
+        for request, kind in cases:
+            with pytest.raises(grpc.aio.AioRpcError) as failed:
+                await anext(aiter(DecodeServiceStub(channel).Generate(request)))
+            assert type(error_from_rpc(failed.value)) is kind
+
+
+async def test_a_prefill_replica_killed_in_mid_call_costs_time_only(cluster: Cluster, oracle: Engine) -> None:
+    first, _ = await cluster.ready()
+    prompt = _prompt(10, 900)
+    reply = Reply()
+    async with grpc.aio.insecure_channel(first.address) as channel:
+        async for response in DecodeServiceStub(channel).Generate(cluster.request(first, prompt), timeout=60):
+            _gather(reply, response)
+            if reply.token_ids == [] and reply.admitted is not None:
+                (record,) = await cluster.replicas(Role.PREFILL)
+                _kill("prefill", record)
+    assert reply.token_ids == _expected(oracle, prompt)
+    assert reply.place is PrefillPlace.DECODE
+    print("XX", reply.finished)
+    await cluster.ready()
+    await cluster.until_idle()
+
+
+async def test_a_reply_goes_on_elsewhere_after_its_replica_was_killed(cluster: Cluster, oracle: Engine) -> None:
+    first, second = await cluster.ready()
+    prompt = _prompt(11, 200)
+    lost, reply = Reply(), Reply()
+    sampling = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+    async with grpc.aio.insecure_channel(first.address) as channel:
+        responses = DecodeServiceStub(channel).Generate(cluster.request(first, prompt, sampling))
+        with pytest.raises(grpc.aio.AioRpcError) as failed:
+            await _gather_until_killed(responses, lost, first)
+        assert type(error_from_rpc(failed.value)) is Unavailable
+    num_sent = len(lost.token_ids)
+    sent = prompt + lost.token_ids
+    holder = (first, 192)  # it is gone, which nobody may know yet
+    reply = await cluster.turn(second, sent, sampling, holder=holder, num_resumed_tokens=num_sent)
+    assert lost.token_ids + reply.token_ids == _expected(oracle, prompt, sampling)
+    assert reply.indices[0] == num_sent
+    await cluster.ready()
+    await cluster.until_idle()
+
+
+async def _gather_until_killed(responses: Any, reply: Reply, record: ReplicaRecord) -> None:
+    async for response in responses:
+        _gather(reply, response)
+        if len(reply.token_ids) == 5:
+            _kill("decode", record)
+
+
+def _kill(deployment: str, record: ReplicaRecord) -> None:
+    name = f"SERVE_REPLICA::workers#{deployment}#{record.serve_replica_id}"
+    ray.kill(ray.get_actor(name, namespace="serve"))

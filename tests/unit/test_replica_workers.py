@@ -215,11 +215,19 @@ async def test_blocks_that_arrive_damaged_are_computed_again(group: Group, oracl
     assert group.first.count("kv_transfer_failures", reason="digest") == 1
 
 
-async def test_blocks_of_a_transfer_given_up_are_quarantined_and_come_back(group: Group, oracle: Engine) -> None:
+async def test_blocks_of_a_transfer_given_up_are_not_used_for_a_while(oracle: Engine) -> None:
+    async with running_group(quarantine_s=1e6, ends_idle=False) as group:
+        group.first.transfer.num_timeouts = 1
+        reply = await group.turn(request(prompt(19, 60)))
+        assert reply.token_ids == one_process(oracle, prompt(19, 60)).token_ids
+        assert group.first.engine.pool.num_quarantined_blocks == 4
+
+
+async def test_blocks_in_quarantine_come_back(group: Group, oracle: Engine) -> None:
     group.first.transfer.num_timeouts = 1
     reply = await group.turn(request(prompt(19, 60)))
     assert reply.token_ids == one_process(oracle, prompt(19, 60)).token_ids
-    assert group.first.engine.pool.num_quarantined_blocks == 4
+    assert group.first.count("kv_transfer_failures", reason="timeout") == 1
     await group.until_idle()
     assert group.first.engine.pool.num_quarantined_blocks == 0
 
