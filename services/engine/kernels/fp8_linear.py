@@ -1,7 +1,8 @@
 """Linear layers straight from a checkpoint's block-scaled FP8 weights (W8A8).
 
 T tokens, N outputs, K inputs. A weight's scale covers 128 x 128 numbers, an activation's 128 channels of one token;
-ragged edges keep the // 128 rule (576 rows have 5 row blocks, the last of 64). `scale_inv` multiplies, despite its name.
+ragged edges keep the // 128 rule (576 rows have 5 row blocks, the last of 64). `scale_inv` multiplies, despite the
+name.
 """
 
 from __future__ import annotations

@@ -1,0 +1,209 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+"""Causal attention of several sequences on CUDA, without padding: flash attention over tiles of queries.
+
+The tiles of all sequences are laid out on the host, those with the most keys first, so that none of them ends alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How the kernel is cut: queries and keys at a time, warps, pipeline stages."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def tile_for(dtype: torch.dtype) -> Tile:
+    """The measured best on an H100."""
+    return Tile(16, 16, 4, 2) if dtype == torch.float32 else Tile(128, 64, 8, 3)
+
+
+def mla_prefill_triton(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    cu_q: list[int],
+    cu_k: list[int],
+    tile: Tile | None = None,
+) -> torch.Tensor:
+    """See `mla_prefill`."""
+    num_queries, num_heads, width = q.shape
+    value_dim = v.shape[-1]
+    out = torch.empty(num_queries, num_heads, value_dim, dtype=q.dtype, device=q.device)
+    if num_queries == 0:
+        return out
+    tile = tile or tile_for(q.dtype)
+    q, k, v = (_addressable(part) for part in (q, k, v))
+    # Both halves have a power of two of columns: 192 = 128 + 64.
+    width_a = max(16, 1 << (width.bit_length() - 1))
+    width_b = max(16, triton.next_power_of_2(width - width_a)) if width > width_a else 0
+    value_pow2 = max(16, triton.next_power_of_2(value_dim))
+    tiles = _tiles(cu_q, cu_k, tile.block_m).to(q.device, non_blocking=True)
+    _attend[(len(tiles) * num_heads,)](
+        _columns(q, tile.block_m, width_a),
+        _columns(q, tile.block_m, width_b or width_a),
+        _columns(k, tile.block_n, width_a),
+        _columns(k, tile.block_n, width_b or width_a),
+        _columns(v, tile.block_n, value_pow2),
+        out,
+        tiles,
+        scale * 1.4426950408889634,
+        q.stride(1),
+        k.stride(1),
+        v.stride(1),
+        NUM_HEADS=num_heads,
+        WIDTH=width,
+        WIDTH_A=width_a,
+        WIDTH_B=width_b,
+        VALUE=value_dim,
+        VALUE_POW2=value_pow2,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return out
+
+
+def _addressable(x: torch.Tensor) -> torch.Tensor:
+    """x, copied if the copy engine could not address it: dense rows, everything else a multiple of 16 bytes."""
+    size = x.element_size()
+    is_aligned = all(stride * size % 16 == 0 for stride in x.stride()[:2]) and x.data_ptr() % 16 == 0
+    if x.stride(2) == 1 and is_aligned:
+        return x
+    padded = torch.empty(*x.shape[:2], -(-x.shape[2] // 16) * 16, dtype=x.dtype, device=x.device)
+    return padded[..., : x.shape[2]].copy_(x)
+
+
+def _columns(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """[T, H, d] as [T, H * d], read `rows` x `columns` at a time; what lies beyond reads as zero."""
+    num_columns = (x.shape[1] - 1) * x.stride(1) + x.shape[2]
+    return TensorDescriptor(x, [x.shape[0], num_columns], [x.stride(0), 1], [rows, columns])
+
+
+def _tiles(cu_q: list[int], cu_k: list[int], block_m: int) -> torch.Tensor:
+    """[tiles, 4] int32 by falling work: first query, end of the queries, first key, last key that query i sees minus i."""
+    tiles = []
+    for (q0, q1), (k0, k1) in zip(pairwise(cu_q), pairwise(cu_k), strict=True):
+        shift = k1 - q1
+        tiles += [(first, q1, k0, shift) for first in range(q0, q1, block_m)]
+    tiles.sort(key=lambda tile: tile[2] - tile[0] - tile[3])
+    return torch.tensor(tiles, dtype=torch.int32)
+
+
+@triton.jit
+def _step(
+    acc,
+    top,
+    total,
+    q_a,
+    q_b,
+    k_a_columns,
+    k_b_columns,
+    v_columns,
+    key,
+    k_column,
+    v_column,
+    last_key,
+    end_key,
+    scale_log2,
+    WIDTH_A: tl.constexpr,
+    WIDTH_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    IS_MASKED: tl.constexpr,
+):
+    """BLOCK_N keys, from `key` on. `last_key` [queries] is the last one each may see, `end_key` the end of them all."""
+    k_a = k_a_columns.load([key, k_column])
+    score = tl.dot(q_a, k_a.T, input_precision="ieee")
+    if WIDTH_B > 0:
+        k_b = k_b_columns.load([key, k_column + WIDTH_A])
+        score = tl.dot(q_b, k_b.T, score, input_precision="ieee")
+    v = v_columns.load([key, v_column])
+    score = score * scale_log2
+    if IS_MASKED:
+        keys = key + tl.arange(0, BLOCK_N)
+        score = tl.where(keys[None, :] <= last_key[:, None], score, float("-inf"))
+        # What follows is another sequence: its numbers have weight 0, but 0 times NaN is NaN.
+        v = tl.where(keys[:, None] < end_key, v, 0.0)
+    new_top = tl.maximum(top, tl.max(score, 1))
+    weight = tl.exp2(score - new_top[:, None])
+    shrink = tl.exp2(top - new_top)
+    total = total * shrink + tl.sum(weight, 1)
+    acc = tl.dot(weight.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return acc, new_top, total
+
+
+@triton.jit
+def _attend(
+    q_a_columns,
+    q_b_columns,
+    k_a_columns,
+    k_b_columns,
+    v_columns,
+    out,
+    tiles,
+    scale_log2,
+    q_head_stride,
+    k_head_stride,
+    v_head_stride,
+    NUM_HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WIDTH_A: tl.constexpr,
+    WIDTH_B: tl.constexpr,
+    VALUE: tl.constexpr,
+    VALUE_POW2: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One tile of queries of one head."""
+    head = tl.program_id(0) % NUM_HEADS
+    tile = tiles + tl.program_id(0) // NUM_HEADS * 4
+    first_query = tl.load(tile)
+    end_query = tl.load(tile + 1)
+    first_key = tl.load(tile + 2)
+    shift = tl.load(tile + 3)
+    queries = first_query + tl.arange(0, BLOCK_M)
+    end_key = tl.minimum(first_query + BLOCK_M, end_query) + shift
+    # Whole steps that every query of the tile may see need no mask.
+    end_unmasked = first_key + (first_query + shift + 1 - first_key) // BLOCK_N * BLOCK_N
+
+    k_column = head * k_head_stride
+    v_column = head * v_head_stride
+    q_a = q_a_columns.load([first_query, head * q_head_stride])
+    q_b = q_a
+    if WIDTH_B > 0:
+        q_b = q_b_columns.load([first_query, head * q_head_stride + WIDTH_A])
+        if WIDTH_A + WIDTH_B > WIDTH:
+            q_b = tl.where(WIDTH_A + tl.arange(0, WIDTH_B)[None, :] < WIDTH, q_b, 0.0)
+    elif WIDTH_A > WIDTH:
+        q_a = tl.where(tl.arange(0, WIDTH_A)[None, :] < WIDTH, q_a, 0.0)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, VALUE_POW2], tl.float32)
+    for key in range(first_key, end_unmasked, BLOCK_N):
+        acc, top, total = _step(
+            acc, top, total, q_a, q_b, k_a_columns, k_b_columns, v_columns, key, k_column, v_column,
+            queries + shift, end_key, scale_log2, WIDTH_A, WIDTH_B, BLOCK_N, False,
+        )  # fmt: skip
+    for key in range(end_unmasked, end_key, BLOCK_N):
+        acc, top, total = _step(
+            acc, top, total, q_a, q_b, k_a_columns, k_b_columns, v_columns, key, k_column, v_column,
+            queries + shift, end_key, scale_log2, WIDTH_A, WIDTH_B, BLOCK_N, True,
+        )  # fmt: skip
+    values = tl.arange(0, VALUE_POW2)
+    out_at = out + (queries[:, None].to(tl.int64) * NUM_HEADS + head) * VALUE + values[None, :]
+    mask = (queries[:, None] < end_query) & (values[None, :] < VALUE)
+    tl.store(out_at, (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)

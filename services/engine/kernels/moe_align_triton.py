@@ -1,0 +1,134 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+"""Tokens sorted by expert into blocks of equal height, on the device: what a grouped product walks over.
+
+An assignment is t * K + k, token t's k-th expert. Every expert gets whole blocks; the order of the assignments within
+an expert is not fixed, and no result depends on it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+# Up to here one program does it all in one launch.
+ONE_PROGRAM = 2048
+CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Block b is expert `experts[b]`'s; its rows are `assignments[b * height :][: height]`, the first few valid.
+
+    `counts` and `starts` are, by expert, its assignments and its first block. `num_blocks` is one number, on the
+    device; `max_blocks` bounds it on the host.
+    """
+
+    assignments: torch.Tensor
+    experts: torch.Tensor
+    counts: torch.Tensor
+    starts: torch.Tensor
+    num_blocks: torch.Tensor
+    max_blocks: int
+    height: int
+
+
+def align(topk_ids: torch.Tensor, num_experts: int, height: int) -> Blocks:
+    """The blocks of [T, K] expert ids."""
+    num_assignments = topk_ids.numel()
+    max_blocks = min(num_assignments, num_assignments // height + num_experts)
+    ids = topk_ids.contiguous()
+    experts_pow2 = max(16, triton.next_power_of_2(num_experts))
+    numbers = torch.empty(3 * experts_pow2 + 1 + max_blocks * (height + 1), dtype=torch.int32, device=ids.device)
+    sizes = [experts_pow2, experts_pow2, experts_pow2, 1, max_blocks, max_blocks * height]
+    counts, starts, cursors, num_blocks, experts, assignments = numbers.split(sizes)
+    if num_assignments <= ONE_PROGRAM:
+        _align[(1,)](
+            ids,
+            counts,
+            starts,
+            cursors,
+            num_blocks,
+            experts,
+            assignments,
+            num_assignments,
+            HEIGHT=height,
+            EXPERTS=experts_pow2,
+            ASSIGNMENTS=max(32, triton.next_power_of_2(num_assignments)),
+            num_warps=4 if num_assignments <= 512 else 8,
+        )
+    else:
+        chunks = (triton.cdiv(num_assignments, CHUNK),)
+        counts.zero_()
+        _count[chunks](ids, counts, num_assignments, EXPERTS=experts_pow2, CHUNK=CHUNK)
+        _plan[(1,)](counts, starts, cursors, num_blocks, experts, HEIGHT=height, EXPERTS=experts_pow2)
+        _place[chunks](ids, cursors, assignments, num_assignments, CHUNK=CHUNK)
+    return Blocks(assignments, experts, counts, starts, num_blocks, max_blocks, height)
+
+
+@triton.jit
+def _histogram(ids, at, num_assignments, EXPERTS: tl.constexpr):
+    is_valid = at < num_assignments
+    chosen = tl.load(ids + at, mask=is_valid, other=0).to(tl.int32)
+    return chosen, is_valid, tl.histogram(chosen, EXPERTS, mask=is_valid)
+
+
+@triton.jit
+def _deal(counts, starts, cursors, num_blocks, experts, HEIGHT: tl.constexpr, EXPERTS: tl.constexpr):
+    """Blocks to experts, in the experts' order, given how many assignments each has."""
+    expert = tl.arange(0, EXPERTS)
+    heights = (counts + HEIGHT - 1) // HEIGHT
+    ends = tl.cumsum(heights, 0)
+    first = ends - heights
+    tl.store(starts + expert, first)
+    tl.store(cursors + expert, first * HEIGHT)
+    tl.store(num_blocks, tl.max(ends, 0))
+    for block in range(tl.max(heights, 0)):
+        tl.store(experts + first + block, expert, mask=block < heights)
+
+
+@triton.jit
+def _align(
+    ids,
+    counts,
+    starts,
+    cursors,
+    num_blocks,
+    experts,
+    assignments,
+    num_assignments,
+    HEIGHT: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    ASSIGNMENTS: tl.constexpr,
+):
+    at = tl.arange(0, ASSIGNMENTS)
+    chosen, is_valid, histogram = _histogram(ids, at, num_assignments, EXPERTS)
+    tl.store(counts + tl.arange(0, EXPERTS), histogram)
+    _deal(histogram, starts, cursors, num_blocks, experts, HEIGHT, EXPERTS)
+    # The cursors were stored by other threads of this program.
+    tl.debug_barrier()
+    position = tl.atomic_add(cursors + chosen, 1, mask=is_valid)
+    tl.store(assignments + position, at, mask=is_valid)
+
+
+@triton.jit
+def _count(ids, counts, num_assignments, EXPERTS: tl.constexpr, CHUNK: tl.constexpr):
+    at = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    _, _, histogram = _histogram(ids, at, num_assignments, EXPERTS)
+    tl.atomic_add(counts + tl.arange(0, EXPERTS), histogram, mask=histogram > 0)
+
+
+@triton.jit
+def _plan(counts, starts, cursors, num_blocks, experts, HEIGHT: tl.constexpr, EXPERTS: tl.constexpr):
+    _deal(tl.load(counts + tl.arange(0, EXPERTS)), starts, cursors, num_blocks, experts, HEIGHT, EXPERTS)
+
+
+@triton.jit
+def _place(ids, cursors, assignments, num_assignments, CHUNK: tl.constexpr):
+    at = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    is_valid = at < num_assignments
+    chosen = tl.load(ids + at, mask=is_valid, other=0).to(tl.int32)
+    position = tl.atomic_add(cursors + chosen, 1, mask=is_valid)
+    tl.store(assignments + position, at, mask=is_valid)

@@ -1,0 +1,198 @@
+"""The CUDA kernels against their references in float64, on odd shapes and fresh random inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from services.engine.kernels.fp8_linear import fp8_linear, fp8_linear_reference
+from services.engine.kernels.mla_decode import mla_decode, mla_decode_reference, unpack_latents
+from services.engine.kernels.mla_prefill import mla_prefill, mla_prefill_reference
+from services.engine.kernels.moe_experts import moe_experts, moe_experts_reference
+from tests.kernel_inputs import decode_inputs, fp8_experts, fp8_weight, pack_latents, relative_error
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+TOLERANCES = {torch.float32: 3e-6, torch.bfloat16: 8e-3, torch.float16: 1.5e-3}
+LENGTHS = [1, 15, 64, 0, 65, 700, 3, 4097, 128]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize(
+    ("num_heads", "latent", "rope", "block_size"),
+    [(16, 512, 64, 64), (128, 512, 64, 32), (6, 128, 32, 16), (40, 512, 64, 24), (4, 48, 16, 128)],
+)
+def test_decode(dtype: torch.dtype, num_heads: int, latent: int, rope: int, block_size: int) -> None:
+    q, cache, tables, lens = decode_inputs(LENGTHS, num_heads, latent, rope, block_size, dtype, "cuda")
+    expected = mla_decode_reference(q.double(), cache.double(), tables, lens, 0.1, latent)
+    for bound in (None, max(LENGTHS)):
+        out = mla_decode(q, cache, tables, lens, 0.1, latent, bound)
+        assert out.dtype == dtype
+        assert not out[3].any()
+        assert relative_error(out, expected) < TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize(("num_heads", "latent", "rope"), [(16, 512, 64), (128, 512, 64), (6, 128, 32)])
+@pytest.mark.parametrize("block_size", [64, 48])
+def test_decode_of_fp8_records(num_heads: int, latent: int, rope: int, block_size: int) -> None:
+    q, cache, tables, lens = decode_inputs(LENGTHS, num_heads, latent, rope, block_size, torch.bfloat16, "cuda")
+    packed = pack_latents(cache, latent)
+    records = packed.new_empty(len(packed), 5, *packed.shape[1:])
+    records[:, 2] = packed
+    expected = mla_decode_reference(q.double(), unpack_latents(packed, latent).double(), tables, lens, 0.1, latent)
+    assert relative_error(mla_decode(q, records[:, 2], tables, lens, 0.1, latent), expected) < 8e-3
+
+
+@pytest.mark.parametrize("lengths", [[131_072], [1, 131_072, *range(1, 255)], [2000] * 256])
+def test_decode_of_few_and_many_sequences(lengths: list[int]) -> None:
+    q, cache, tables, lens = decode_inputs(lengths, 16, 512, 64, 64, torch.bfloat16, "cuda", num_layers=1)
+    out = mla_decode(q, cache, tables, lens, 0.05, 512)
+    assert relative_error(out, mla_decode_reference(q.float(), cache, tables, lens, 0.05, 512)) < 8e-3
+
+
+def test_decode_ignores_what_lies_beyond_the_lengths() -> None:
+    q, cache, tables, lens = decode_inputs([70, 5], 16, 512, 64, 64, torch.bfloat16, "cuda")
+    out = mla_decode(q, cache, tables, lens, 0.1, 512)
+    cache[tables[0, 1].long(), 6:] = torch.nan
+    cache[tables[1, 0].long(), 5:] = torch.inf
+    assert torch.equal(mla_decode(q, cache, tables, lens, 0.1, 512), out)
+
+
+def test_decode_replays_in_a_graph_with_other_lengths() -> None:
+    q, cache, tables, lens = decode_inputs([900, 300, 77], 16, 512, 64, 64, torch.bfloat16, "cuda")
+    replay, out = _captured(lambda: mla_decode(q, cache, tables, lens, 0.1, 512, 1024))
+    lens.copy_(torch.tensor([3, 300, 0]))
+    q.normal_()
+    replay()
+    assert relative_error(out, mla_decode_reference(q.double(), cache.double(), tables, lens, 0.1, 512)) < 8e-3
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize(
+    ("tokens", "chosen", "experts", "width", "model"),
+    [(1, 6, 64, 1408, 2048), (7, 2, 8, 192, 384), (33, 8, 256, 96, 112), (300, 3, 5, 200, 328), (2500, 2, 4, 160, 256)],
+)
+def test_experts(dtype: torch.dtype, tokens: int, chosen: int, experts: int, width: int, model: int) -> None:
+    x = torch.randn(tokens, model, device="cuda").to(dtype)
+    gate_up = (torch.randn(experts, 2 * width, model, device="cuda") / model**0.5).to(dtype)
+    down = (torch.randn(experts, model, width, device="cuda") / width**0.5).to(dtype)
+    ids = torch.rand(tokens, experts, device="cuda").topk(chosen).indices
+    weights = torch.rand(tokens, chosen, device="cuda")
+    out = moe_experts(x, gate_up, down, ids, weights)
+    assert out.dtype == dtype
+    expected = moe_experts_reference(x.double(), gate_up.double(), down.double(), ids, weights.double())
+    assert relative_error(out, expected) < TOLERANCES[dtype]
+    # The order in which tokens are dealt is not fixed; the numbers are.
+    assert torch.equal(moe_experts(x, gate_up, down, ids, weights), out)
+
+
+def test_all_tokens_may_choose_the_same_experts() -> None:
+    x = torch.randn(70, 256, device="cuda")
+    gate_up, down = torch.randn(16, 128, 256, device="cuda") / 16, torch.randn(16, 256, 64, device="cuda") / 8
+    ids = torch.tensor([[15, 3]], device="cuda", dtype=torch.int32).expand(70, -1)
+    weights = torch.rand(70, 2, device="cuda")
+    expected = moe_experts_reference(x.double(), gate_up.double(), down.double(), ids, weights.double())
+    assert relative_error(moe_experts(x, gate_up, down, ids, weights), expected) < 3e-6
+
+
+@pytest.mark.parametrize("rounds", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "chosen", "experts", "width", "model"),
+    [(1, 8, 32, 256, 512), (5, 2, 4, 192, 384), (90, 2, 4, 192, 256), (600, 2, 4, 320, 256)],
+)
+def test_fp8_experts(tokens: int, chosen: int, experts: int, width: int, model: int, rounds: bool) -> None:
+    x = torch.randn(tokens, model, device="cuda")
+    weights_fp8 = fp8_experts(experts, width, model, "cuda")
+    ids = torch.rand(tokens, experts, device="cuda").topk(chosen).indices
+    weights = torch.rand(tokens, chosen, device="cuda")
+    arguments = (ids, weights, weights_fp8.gate_up_scale, weights_fp8.down_scale, rounds)
+    out = moe_experts(x, weights_fp8.gate_up, weights_fp8.down, *arguments)
+    # The second quantisation may round a number that differs in its last bit to the other side of an e4m3 step.
+    expected = moe_experts_reference(x, weights_fp8.gate_up, weights_fp8.down, *arguments)
+    assert relative_error(out, expected) < 3e-3
+    half = moe_experts(x.bfloat16(), weights_fp8.gate_up, weights_fp8.down, *arguments)
+    expected = moe_experts_reference(x.bfloat16(), weights_fp8.gate_up, weights_fp8.down, *arguments)
+    assert relative_error(half, expected) < 1e-2
+
+
+def test_experts_replay_in_a_graph_with_other_choices() -> None:
+    x = torch.randn(4, 256, device="cuda")
+    gate_up, down = torch.randn(8, 128, 256, device="cuda") / 16, torch.randn(8, 256, 64, device="cuda") / 8
+    ids, weights = torch.zeros(4, 2, device="cuda", dtype=torch.int64), torch.rand(4, 2, device="cuda")
+    replay, out = _captured(lambda: moe_experts(x, gate_up, down, ids, weights))
+    ids.copy_(torch.tensor([[0, 7], [3, 4], [7, 0], [1, 1]]))
+    replay()
+    expected = moe_experts_reference(x.double(), gate_up.double(), down.double(), ids, weights.double())
+    assert relative_error(out, expected) < 3e-6
+
+
+@pytest.mark.parametrize("rounds", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "outputs", "inputs"),
+    [(1, 576, 7168), (3, 192, 128), (17, 130, 208), (100, 1536, 1024), (129, 576, 512), (1000, 320, 384)],
+)
+def test_fp8_linear(tokens: int, outputs: int, inputs: int, rounds: bool) -> None:
+    x = torch.randn(tokens, inputs, device="cuda")
+    x[:, : inputs // 2] *= 1e-3
+    weight, scale_inv = fp8_weight(outputs, inputs, "cuda")
+    expected = fp8_linear_reference(x.double(), weight, scale_inv, rounds)
+    # Within 128 channels the tensor cores keep fewer bits than fp32.
+    assert relative_error(fp8_linear(x, weight, scale_inv, rounds), expected) < 3e-4
+    half = x.bfloat16()
+    expected = fp8_linear_reference(half.double(), weight, scale_inv, rounds)
+    assert relative_error(fp8_linear(half, weight, scale_inv, rounds), expected) < 4e-3
+
+
+@pytest.mark.parametrize("tokens", [2, 300])
+def test_fp8_linear_passes_nan_on(tokens: int) -> None:
+    x = torch.randn(tokens, 256, device="cuda")
+    x[1, 7] = torch.nan
+    out = fp8_linear(x, *fp8_weight(128, 256, "cuda"))
+    assert out[1].isnan().all()
+    assert not out[0].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize(("width", "value", "num_heads"), [(192, 128, 5), (96, 64, 6), (40, 24, 3), (64, 64, 2)])
+def test_prefill(dtype: torch.dtype, width: int, value: int, num_heads: int) -> None:
+    cu_q, cu_k = _lengths([(5, 5), (1, 900), (257, 1000), (0, 3), (700, 700), (128, 128), (64, 129)])
+    q = torch.randn(cu_q[-1], num_heads, width, device="cuda").to(dtype)
+    k = torch.randn(cu_k[-1], num_heads, width, device="cuda").to(dtype)
+    # As the expansion of the latents leaves them: a value is a part of a longer row.
+    v = torch.randn(cu_k[-1], num_heads, value + 32, device="cuda").to(dtype)[..., 32:]
+    out = mla_prefill(q, k, v, 0.2, cu_q, cu_k)
+    assert out.dtype == dtype
+    expected = mla_prefill_reference(q.double(), k.double(), v.double(), 0.2, cu_q, cu_k)
+    assert relative_error(out, expected) < TOLERANCES[dtype]
+
+
+def test_prefill_keeps_a_broken_sequence_to_itself() -> None:
+    cu_q, cu_k = _lengths([(40, 50), (30, 30), (20, 90)])
+    q, k, v = (torch.randn(cu[-1], 2, d, device="cuda").bfloat16() for cu, d in ((cu_q, 192), (cu_k, 192), (cu_k, 128)))
+    out = mla_prefill(q, k, v, 0.1, cu_q, cu_k)
+    for part, cu in ((q, cu_q), (k, cu_k), (v, cu_k)):
+        part[cu[1] : cu[2]] = torch.nan
+    broken = mla_prefill(q, k, v, 0.1, cu_q, cu_k)
+    assert torch.equal(broken[: cu_q[1]], out[: cu_q[1]])
+    assert torch.equal(broken[cu_q[2] :], out[cu_q[2] :])
+    assert broken[cu_q[1] : cu_q[2]].isnan().all()
+
+
+def _lengths(pairs: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
+    cu_q, cu_k = [0], [0]
+    for num_queries, num_keys in pairs:
+        cu_q.append(cu_q[-1] + num_queries)
+        cu_k.append(cu_k[-1] + num_keys)
+    return cu_q, cu_k
+
+
+def _captured(function: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+    """The function as a CUDA graph: how to replay it, and its output."""
+    function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = function()
+    return graph.replay, out
