@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from services.common.errors import InvalidCheckpoint
 from services.engine.config import ModelConfig
 from services.engine.model import DeepseekForCausalLM
-from services.engine.weights import dequantise, dummy_weights, load_weights
+from services.engine.weights import dummy_weights, load_weights
 from tests.unit.tiny_model import FP8, random_tensors, tiny_engine, v2_config, v3_config, write_checkpoint
 
 CPU = torch.device("cpu")
@@ -215,14 +215,6 @@ def test_fp8_weights_are_multiplied_by_their_block_s_scale(tmp_path):
     for row, column in [(0, 0), (127, 127), (128, 128), (255, 159), (256, 0), (319, 159)]:
         scale = tensors[f"{Q_PROJ}_scale_inv"][row // 128, column // 128]
         assert loaded[row, column] == tensors[Q_PROJ][row, column].float() * scale
-
-
-def test_dequantise_cuts_the_last_blocks():
-    weight = torch.ones(130, 257).to(torch.float8_e4m3fn)
-    scales = torch.arange(6.0).view(2, 3)
-    result = dequantise(weight, scales)
-    assert result.shape == weight.shape
-    assert torch.equal(result[129], torch.tensor([3.0] * 128 + [4.0] * 128 + [5.0]))
 
 
 def test_a_missing_scale_is_named(tmp_path):
