@@ -59,7 +59,7 @@ def load(
         first = error.errors()[0]
         option = "--" + str(first["loc"][-1] if first["loc"] else "kv_dtype").replace("_", "-")
         raise InvalidSettings(f"{option}: {first['msg']}") from None
-    with Progress(console=console, transient=True) as bar:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("loading weights", total=None)
         return LocalPipeline.load(
             model_settings,

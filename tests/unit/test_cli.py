@@ -34,8 +34,8 @@ def run(command, *arguments, stdin=""):
 
 def assert_refused(result, *named):
     assert result.exit_code == 1
-    assert result.stderr.splitlines()[-1].startswith("error: ")
-    assert result.stderr.strip().count("\n") == 0
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
     for text in named:
         assert text in result.stderr
 
