@@ -7,7 +7,8 @@ import datetime
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -19,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from services.client import Client
+from services.common.errors import AntiphonError
 from services.common.messages import SessionInfo
 from services.common.settings import SessionSettings, Settings
 from services.ray_environment import prepare_environment
@@ -38,6 +40,17 @@ Config = Annotated[
 sessions_app = typer.Typer(no_args_is_help=True, help="The caller's sessions.")
 
 
+@contextmanager
+def _errors_for_people() -> Iterator[None]:
+    """Errors raised on purpose become one line and exit code 1."""
+    try:
+        yield
+    except AntiphonError as error:
+        Console(stderr=True).print(Text.assemble(("error: ", "bold red"), f"{error}"), soft_wrap=True)
+        raise typer.Exit(1) from None
+
+
+@_errors_for_people()
 def serve(
     model: Annotated[str | None, typer.Argument(help="Directory, hub id, or demo. Not given: the file's.")] = None,
     config: Config = None,
@@ -66,6 +79,7 @@ def serve(
 
 
 @sessions_app.command("list")
+@_errors_for_people()
 def list_sessions(target: Target = DEFAULT_TARGET, token: Token = None) -> None:
     """All sessions of the caller, newest first."""
     with Client(target, token) as client:
@@ -87,6 +101,7 @@ def list_sessions(target: Target = DEFAULT_TARGET, token: Token = None) -> None:
 
 
 @sessions_app.command("show")
+@_errors_for_people()
 def show_session(session: str, target: Target = DEFAULT_TARGET, token: Token = None) -> None:
     """One session."""
     with Client(target, token) as client:
@@ -112,6 +127,7 @@ def show_session(session: str, target: Target = DEFAULT_TARGET, token: Token = N
 
 
 @sessions_app.command("delete")
+@_errors_for_people()
 def delete_session(session: str, target: Target = DEFAULT_TARGET, token: Token = None) -> None:
     """Forget a session and its history."""
     with Client(target, token) as client:
@@ -119,6 +135,7 @@ def delete_session(session: str, target: Target = DEFAULT_TARGET, token: Token =
     typer.echo(f"deleted {session}")
 
 
+@_errors_for_people()
 def status(target: Target = DEFAULT_TARGET, config: Config = None, token: Token = None) -> None:
     """Replicas, their blocks and load, and the caller's sessions, at a glance.
 
