@@ -158,11 +158,13 @@ def _run(settings: Settings) -> Any:
 
 
 def _first_message(error: RuntimeError) -> str:
+    """The last line of the replica's own traceback: what went wrong, without where."""
     status = serve.status().applications.get(APP_NAME)
-    if status is not None:
-        for name, deployment in status.deployments.items():
-            if deployment.message:
-                return f"{name}: {deployment.message.strip()}"
+    deployments = status.deployments.items() if status is not None else ()
+    for name, deployment in deployments:
+        lines = [line.strip() for line in deployment.message.splitlines() if line.strip()]
+        if lines:
+            return f"{name}: {lines[-1].removeprefix('services.common.errors.')}"
     return str(error)
 
 
