@@ -6,20 +6,23 @@ Its handle carries what holds references to KV blocks (history for other replica
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ray import serve
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from services.common.errors import AntiphonError, Exhausted, Unavailable
 from services.common.messages import ModelInfo
 from services.common.settings import DecodeSettings, Settings
 from services.common.telemetry import configure_logging
 from services.decode.server import DecodeServer
-from services.decode.worker import DecodeWorker, EngineFacts
+from services.decode.turn import EngineFacts
+from services.decode.worker import DecodeWorker
 from services.replica.deployment import HistoryHandle, next_item, rdt_transfer, replica_stream
 from services.replica.handover import HistoryOffer, HistoryRequest, PrefillLoad, PrefillRequest, PrefillResult
 from services.replica.runtime import ReplicaRuntime, new_identity
@@ -48,7 +51,11 @@ class DecodeDeployment:
         self._settings = settings
         runtime = self._runtime = await ReplicaRuntime.start(settings, Role.DECODE, identity, rdt_transfer(settings))
         engine = runtime.engine
-        fleet = None if prefill is None else PrefillHandle(prefill, runtime.registry, engine.layout.fingerprint)
+        fleet = (
+            None
+            if prefill is None
+            else PrefillHandle(prefill, runtime.registry, engine.layout.fingerprint, settings.sessions.registry_ttl_s)
+        )
         worker = DecodeWorker(
             runtime.loop,
             runtime.exchange,
@@ -106,17 +113,28 @@ class DecodeDeployment:
 
 
 class PrefillHandle:
-    """Implements PrefillClient over the handle of the prefill deployment; Serve picks the replica."""
+    """Implements PrefillClient over the handle of the prefill deployment; Serve picks the replica.
 
-    def __init__(self, handle: DeploymentHandle[Any], registry: ReplicaRegistry, layout_fingerprint: str) -> None:
+    lost_for_s: a replica that was lost may still be registered for so long.
+    """
+
+    def __init__(
+        self, handle: DeploymentHandle[Any], registry: ReplicaRegistry, layout_fingerprint: str, lost_for_s: float
+    ) -> None:
         self._handle = handle.options(stream=True, method_name="run", _by_reference=True)
         self._registry = registry
         self._layout = layout_fingerprint
+        self._lost_for_s = lost_for_s
         self._load: PrefillLoad | None = None
+        self._lost_until_s: list[float] = []  # a time a replica
 
     def load(self) -> PrefillLoad | None:
-        """See PrefillClient; as of the last heartbeat."""
-        return self._load
+        """See PrefillClient; as of the last heartbeat, without those that have been lost since."""
+        now_s = time.monotonic()
+        self._lost_until_s = [each for each in self._lost_until_s if each > now_s]
+        if self._load is None or self._load.num_replicas <= len(self._lost_until_s):
+            return None
+        return replace(self._load, num_replicas=self._load.num_replicas - len(self._lost_until_s))
 
     async def refresh(self) -> None:
         """Reads the registry. Raises Unavailable; what was known before stands then."""
@@ -132,18 +150,21 @@ class PrefillHandle:
     async def run(self, request: PrefillRequest) -> AsyncIterator[PrefillResult]:
         """See PrefillClient. Raises Exhausted if no replica takes the call soon."""
         async with replica_stream(self._handle, request) as responses:
-            await _accepted(responses)
+            yield await self._result(responses)
+
+    async def _result(self, responses: DeploymentResponseGenerator[Any]) -> PrefillResult:
+        try:
+            await next_item(responses, _ACCEPT_TIMEOUT_S)
             result: PrefillResult = await next_item(responses)
-            yield result
-
-
-async def _accepted(responses: Any) -> None:
-    try:
-        await next_item(responses, _ACCEPT_TIMEOUT_S)
-    except Unavailable as error:
-        if isinstance(error.__cause__, TimeoutError):
-            raise Exhausted("all prefill replicas are busy") from error
-        raise
+        except Unavailable as error:
+            # None takes the call in time: they are full or gone, all of them.
+            is_late = isinstance(error.__cause__, TimeoutError)
+            num_lost = self._load.num_replicas if is_late and self._load is not None else 1
+            self._lost_until_s += [time.monotonic() + self._lost_for_s] * num_lost
+            if is_late:
+                raise Exhausted("no prefill replica takes calls now") from error
+            raise
+        return result
 
 
 def _decode_settings(settings: Settings) -> DecodeSettings:

@@ -16,7 +16,8 @@ from services.common.messages import (
     TokenLogprobs,
     Usage,
 )
-from services.engine.engine import EngineOutput
+from services.engine.engine import Engine, EngineOutput
+from services.engine.scheduler import Reservation
 from services.replica.handover import PrefillResult
 from services.transfer.base import FetchReport, Identity
 
@@ -50,6 +51,21 @@ class DecodeRequest:
     def token_ids(self) -> tuple[int, ...]:
         """Everything whose KV is needed before the next token."""
         return self.prompt_token_ids + self.resumed_token_ids
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """What does not change about an engine. max_seq_len: most tokens of prompt and reply that its pool can hold."""
+
+    max_seq_len: int
+    max_num_waiting: int
+    bytes_per_token: int
+
+    @classmethod
+    def of(cls, engine: Engine) -> EngineFacts:
+        """Read between steps, or before the first."""
+        config = engine.scheduler.config
+        return cls(engine.max_seq_len, config.max_num_waiting, engine.layout.bytes_per_token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +225,16 @@ class TurnRecord:
             runs.append((KvSource.PREFILL, name, self._num_prompt_tokens))
         runs.append((KvSource.COMPUTED, self.replica, self._num_prompt_tokens))
         return _runs(runs, self._num_prompt_tokens)
+
+
+@dataclass(slots=True)
+class Turn:
+    """A turn while it runs. reservation: None where the engine's own queue has to find the blocks."""
+
+    request: DecodeRequest
+    record: TurnRecord
+    salt: bytes
+    reservation: Reservation | None = None
 
 
 def _runs(ends: Sequence[tuple[KvSource, str, int]], num_tokens: int) -> tuple[KvOrigin, ...]:

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from services.common.errors import StaleLease, Unavailable
 from services.common.telemetry import Metrics
-from services.engine.engine import EngineStats
+from services.engine.engine import Engine, EngineStats
 from services.engine.loop import EngineLoop
 from services.sessions.registry import ReplicaRecord, ReplicaRegistry
 
@@ -39,7 +39,7 @@ class Heartbeat:
         self._ttl_s = ttl_s
         self._extend = extend
         self._after_beat = after_beat
-        self._asking: asyncio.Future[EngineStats] | None = None
+        self._asking: asyncio.Future[tuple[EngineStats, int]] | None = None
         self._task: asyncio.Task[None] | None = None
         self._num_preemptions = 0
 
@@ -89,15 +89,15 @@ class Heartbeat:
     async def _refresh(self) -> None:
         """Takes in the engine's stats; those of the last time if it is in a step that takes longer than a beat."""
         if self._asking is None:
-            self._asking = asyncio.ensure_future(self._loop.call(lambda engine: engine.stats()))
+            self._asking = asyncio.ensure_future(self._loop.call(_look))
         await asyncio.wait({self._asking}, timeout=self._interval_s / 2)
         if not self._asking.done():
             return
         asked, self._asking = self._asking, None
         if asked.exception() is None:
-            self._take_in(asked.result())
+            self._take_in(*asked.result())
 
-    def _take_in(self, stats: EngineStats) -> None:
+    def _take_in(self, stats: EngineStats, num_quarantined: int) -> None:
         self._record = replace(
             self._record,
             num_free_blocks=stats.num_free_blocks,
@@ -112,6 +112,11 @@ class Heartbeat:
         metrics.set("num_requests_waiting", stats.num_waiting)
         metrics.set("kv_cache_usage_perc", 1 - stats.num_free_blocks / stats.num_blocks)
         metrics.set("kv_blocks", stats.num_free_blocks, state="free")
-        metrics.set("kv_blocks", stats.num_blocks - stats.num_free_blocks, state="used")
+        metrics.set("kv_blocks", num_quarantined, state="quarantined")
+        metrics.set("kv_blocks", stats.num_blocks - stats.num_free_blocks - num_quarantined, state="used")
         metrics.increment("num_preemptions", stats.num_preemptions - self._num_preemptions)
         self._num_preemptions = stats.num_preemptions
+
+
+def _look(engine: Engine) -> tuple[EngineStats, int]:
+    return engine.stats(), engine.pool.num_quarantined_blocks

@@ -179,15 +179,19 @@ def _gather(reply: Reply, response: pb.GenerateResponse) -> None:
         reply.finished = response.finished
 
 
+def _deploy(settings: Settings, num_decode: int) -> None:
+    options = {"ray_actor_options": {"num_cpus": 0.1}, "max_ongoing_requests": 64}
+    prefill = PrefillDeployment.options(**options).bind(settings)
+    decode = DecodeDeployment.options(num_replicas=num_decode, **options).bind(settings, prefill)
+    serve.run(decode, name="workers", route_prefix=None)
+
+
 def _running(remote_prefill: str) -> Iterator[Cluster]:
     with tempfile.TemporaryDirectory() as folder, EmbeddedServer(Path(folder, "store")) as store:
         settings = _settings(store, Path(folder), remote_prefill)
         serve.start(proxy_location="Disabled")
         try:
-            options = {"ray_actor_options": {"num_cpus": 0.1}, "max_ongoing_requests": 64}
-            prefill = PrefillDeployment.options(**options).bind(settings)
-            decode = DecodeDeployment.options(num_replicas=2, **options).bind(settings, prefill)
-            serve.run(decode, name="workers", route_prefix=None)
+            _deploy(settings, num_decode=2)
             yield Cluster(settings)
         finally:
             serve.shutdown()
@@ -355,7 +359,8 @@ async def test_a_prefill_replica_killed_in_mid_call_costs_time_only(cluster: Clu
                 _kill("prefill", record)
     assert reply.token_ids == _expected(oracle, prompt)
     assert reply.place is PrefillPlace.DECODE
-    print("XX", reply.finished)
+    assert reply.finished is not None
+    assert "UNAVAILABLE" in reply.finished.prefill_reason
     await cluster.ready()
     await cluster.until_idle()
 
@@ -363,7 +368,7 @@ async def test_a_prefill_replica_killed_in_mid_call_costs_time_only(cluster: Clu
 async def test_a_reply_goes_on_elsewhere_after_its_replica_was_killed(cluster: Cluster, oracle: Engine) -> None:
     first, second = await cluster.ready()
     prompt = _prompt(11, 200)
-    lost, reply = Reply(), Reply()
+    lost = Reply()
     sampling = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
     async with grpc.aio.insecure_channel(first.address) as channel:
         responses = DecodeServiceStub(channel).Generate(cluster.request(first, prompt, sampling))
@@ -377,6 +382,22 @@ async def test_a_reply_goes_on_elsewhere_after_its_replica_was_killed(cluster: C
     assert lost.token_ids + reply.token_ids == _expected(oracle, prompt, sampling)
     assert reply.indices[0] == num_sent
     await cluster.ready()
+    await cluster.until_idle()
+
+
+async def test_a_replica_that_is_taken_away_ends_its_turns_first(cluster: Cluster, oracle: Engine) -> None:
+    replicas = await cluster.ready()
+    sampling = SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True)
+    turns = [asyncio.ensure_future(cluster.turn(each, _prompt(12, 50), sampling)) for each in replicas]
+    async with asyncio.timeout(10):
+        while not all([each.num_running for each in await cluster.replicas(Role.DECODE)]):
+            await asyncio.sleep(0.05)
+    await asyncio.to_thread(_deploy, cluster.settings, 1)
+    for reply in await asyncio.gather(*turns):
+        assert reply.token_ids == _expected(oracle, _prompt(12, 50), sampling)
+    async with asyncio.timeout(60):
+        while len(await cluster.replicas(Role.DECODE)) > 1:
+            await asyncio.sleep(0.1)
     await cluster.until_idle()
 
 

@@ -17,8 +17,8 @@ from services.common.errors import AntiphonError, TransferFailed, Unavailable
 from services.common.messages import SamplingParams
 from services.common.settings import DecodeSettings, EngineSettings, ModelSettings
 from services.common.telemetry import Metrics
-from services.decode.turn import Admitted, DecodeFinished, DecodeRequest, HistoryHolder, TokenChunk
-from services.decode.worker import DecodeWorker, EngineFacts
+from services.decode.turn import Admitted, DecodeFinished, DecodeRequest, EngineFacts, HistoryHolder, TokenChunk
+from services.decode.worker import DecodeWorker
 from services.engine.engine import Engine, EngineRequest
 from services.engine.loading import load_engine
 from services.engine.loop import EngineLoop
