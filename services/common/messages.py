@@ -6,7 +6,6 @@ Plain frozen data, no behaviour beyond validation.
 from __future__ import annotations
 
 import enum
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -71,6 +70,9 @@ class SamplingParams:
             value = getattr(self, name)
             if value is not None:
                 _require_int(name, value, 0, MAX_LOGPROBS)
+        for name, kind in (("stop", tuple), ("stop_token_ids", tuple), ("logit_bias", Mapping)):
+            if not isinstance(getattr(self, name), kind):
+                raise InvalidRequest(f"sampling.{name}", f"must be a {kind.__name__.lower()}")
         if len(self.logit_bias) > MAX_LOGIT_BIAS:
             raise InvalidRequest("sampling.logit_bias", f"at most {MAX_LOGIT_BIAS} entries, got {len(self.logit_bias)}")
         for token_id, bias in self.logit_bias.items():
@@ -79,8 +81,10 @@ class SamplingParams:
         if len(self.stop) > MAX_STOP_STRINGS:
             raise InvalidRequest("sampling.stop", f"at most {MAX_STOP_STRINGS} stop strings, got {len(self.stop)}")
         for stop in self.stop:
-            if not 1 <= len(stop) <= MAX_STOP_STRING_CHARS:
+            if not isinstance(stop, str) or not 1 <= len(stop) <= MAX_STOP_STRING_CHARS:
                 raise InvalidRequest("sampling.stop", f"a stop string has 1 to {MAX_STOP_STRING_CHARS} characters")
+        if not isinstance(self.ignore_eos, bool):
+            raise InvalidRequest("sampling.ignore_eos", f"must be true or false, got {self.ignore_eos!r}")
         for token_id in self.stop_token_ids:
             _require_int("stop_token_ids", token_id, 0, 2**31 - 1)
 
@@ -93,7 +97,7 @@ def _require_range(name: str, value: float, low: float, high: float, *, low_open
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InvalidRequest(f"sampling.{name}", f"a number is needed, got {type(value).__name__}")
     inside = (low < value if low_open else low <= value) and value <= high
-    if not (math.isfinite(value) and inside):
+    if not inside:  # NaN and infinities are outside as well
         bracket = "(" if low_open else "["
         raise InvalidRequest(f"sampling.{name}", f"must be in {bracket}{low:g}, {high:g}], got {value}")
 

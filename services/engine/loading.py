@@ -38,8 +38,8 @@ def load_engine(
     kv_dtype = str(dtype).removeprefix("torch.") if model.kv_dtype == "auto" else model.kv_dtype
     layout = KVLayout.of(config, model.cache_mode, kv_dtype, engine.block_size)
     network = _network(config, folder, model, dtype, device, progress)
-    max_seq_len = model.max_seq_len or config.max_position_embeddings
-    cache = KVCache(layout, _num_blocks(engine, layout, device), device, dtype)
+    max_seq_len = _max_seq_len(model.max_seq_len, config)
+    cache = _cache(layout, _num_blocks(engine, layout, device), device, dtype)
     scheduler = Scheduler(
         SchedulerConfig(
             max_num_batched_tokens=engine.max_num_batched_tokens,
@@ -95,6 +95,23 @@ def _device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise InvalidSettings("engine.device: there is no CUDA device here; use cpu")
     return torch.device(name)
+
+
+def _max_seq_len(wanted: int | None, config: ModelConfig) -> int:
+    if wanted is not None and wanted > config.max_position_embeddings:
+        raise InvalidSettings(
+            f"model.max_seq_len: {wanted}, but the model has {config.max_position_embeddings} positions"
+        )
+    return wanted or config.max_position_embeddings
+
+
+def _cache(layout: KVLayout, num_blocks: int, device: torch.device, dtype: torch.dtype) -> KVCache:
+    try:
+        return KVCache(layout, num_blocks, device, dtype)
+    except RuntimeError as error:  # torch's allocators, out of memory or address space
+        raise InvalidSettings(
+            f"engine.kv_cache_bytes: {num_blocks * layout.bytes_per_block} bytes cannot be allocated on {device.type}"
+        ) from error
 
 
 def _num_blocks(engine: EngineSettings, layout: KVLayout, device: torch.device) -> int:
