@@ -16,9 +16,9 @@ from services.common.settings import DecodeSettings
 from services.decode.plan import Plan, Situation, plan, replan
 from services.decode.turn import TokenChunk, Turn
 from services.engine.engine import EngineStats
-from services.replica.averages import MovingAverage
 from services.replica.exchange import BlockExchange
 from services.replica.handover import HistoryClient, PrefillClient, PrefillRequest, PrefillResult, blocks_between
+from services.replica.measured import Measured
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class Obtainer:
         self._settings = settings
         self._peers = peers
         self._prefill = prefill
-        self._handover_ms = MovingAverage()
+        self._handover_ms = Measured()
 
     async def obtain(self, turn: Turn, stats: EngineStats) -> AsyncGenerator[TokenChunk]:
         """Fills the turn's reservation as far as others can; one chunk if one of them sampled the first token."""

@@ -20,8 +20,10 @@ from services.replica.handover import PrefillLoad
 ASSUMED_PREFILL_TOKENS_PER_S = 2000.0
 ASSUMED_TRANSFER_BYTES_PER_S = 1e9
 ASSUMED_HANDOVER_MS = 15.0
-# Sequences that are expected to start here while a prompt is computed, where none runs yet: they would be held up.
-ASSUMED_NUM_HELD_UP = 0.25
+
+# What a reply that is held up counts beside a turn that waits for its first token: people read more slowly than tokens
+# come. Where no sequence runs yet, one is expected to start meanwhile.
+HELD_UP_WEIGHT = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,7 @@ def _here_ms(situation: Situation, num_held: int) -> float:
     rate = situation.prefill_tokens_per_s or _prefill_rate(situation) or ASSUMED_PREFILL_TOKENS_PER_S
     wait_ms = situation.num_waiting_tokens / rate * 1e3
     compute_ms = (situation.num_tokens - num_held) / rate * 1e3
-    return wait_ms + compute_ms * (1 + max(situation.num_running, ASSUMED_NUM_HELD_UP))
+    return wait_ms + compute_ms * (1 + HELD_UP_WEIGHT * max(situation.num_running, 1))
 
 
 def _prefill_ms(situation: Situation, num_held: int, mode: str) -> float:

@@ -17,8 +17,8 @@ from services.common.telemetry import Metrics
 from services.engine.engine import Engine
 from services.engine.loop import EngineLoop
 from services.engine.scheduler import Reservation
-from services.replica.averages import MovingAverage
 from services.replica.handover import HistoryClient, HistoryOffer, HistoryRequest, blocks_between
+from services.replica.measured import Measured
 from services.transfer.base import Expected, FetchReport, Identity, KVTicket, Transfer
 
 T = TypeVar("T")
@@ -33,7 +33,7 @@ class BlockExchange:
     """Publishes blocks of an engine's pool and fetches into them. Used on one event loop.
 
     identity: as others know this process. quarantine_s: how long blocks of a doubtful transfer stay unused.
-    transfer_bytes_per_s: moving average, None until measured.
+    transfer_bytes_per_s: median of the last ones, None until measured.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class BlockExchange:
         self._transfer = transfer
         self._quarantine_s = quarantine_s
         self._metrics = metrics
-        self._rate = MovingAverage()
+        self._rate = Measured()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._timers: set[asyncio.TimerHandle] = set()
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from services.common.messages import PrefillPlace
 from services.decode.plan import Situation, plan, replan
 from services.replica.handover import PrefillLoad
+from services.replica.measured import Measured
 
 IDLE_PREFILL = PrefillLoad(num_replicas=1, num_waiting_tokens=0, prefill_tokens_per_s=1000.0)
 IDLE = Situation(
@@ -114,3 +115,15 @@ def test_before_anything_is_measured_replicas_are_taken_for_equals() -> None:
     assert "assumed" in plan(unknown, "auto").reason
     assert plan(unknown, "auto").place is PrefillPlace.PREFILL
     assert plan(replace(unknown, num_tokens=40), "auto").place is PrefillPlace.DECODE
+
+
+def test_a_measurement_is_the_median_of_the_last_ones_without_the_first() -> None:
+    measured = Measured()
+    measured.record(500.0)
+    assert measured.value is None
+    for value in (10.0, 12.0, 900.0):
+        measured.record(value)
+    assert measured.value == 12.0
+    for _ in range(9):
+        measured.record(20.0)
+    assert measured.value == 20.0
