@@ -135,17 +135,19 @@ class LatentAttention:
         self._cache.write(layer, batch.blocks, batch.offsets, latents)
         if batch.decode is not None:
             return self._decode(layer, projections, q, batch.decode)
-        outputs = []
+        absorbed = [span for span in batch.spans if span.num_tokens < self._absorb_below]
+        results = dict(zip(absorbed, self._absorbed(layer, projections, q, latents, absorbed), strict=True))
         for span in batch.spans:
-            if span.num_tokens == span.context_len and self._cache.layout.kv_dtype != "fp8":
-                held = _rows(latents, span)  # nothing before it: no need to read back what was just written
-            else:
-                held = self._cache.read(layer, span.block_ids, span.context_len)
-            if span.num_tokens < self._absorb_below:
-                outputs.append(self._absorbed(projections, _rows(q, span), held))
-            else:
-                outputs.append(causal_attention(_rows(q, span), *projections.expand(held), self._scale))
-        return torch.cat(outputs)
+            if span not in results:
+                keys, values = projections.expand(self._held(layer, latents, span))
+                results[span] = causal_attention(_rows(q, span), keys, values, self._scale)
+        return torch.cat([results[span] for span in batch.spans])
+
+    def _held(self, layer: int, latents: Tensor, span: Span) -> Tensor:
+        """The latents of a sequence [S, C+R], read back from the cache unless they are the batch's own, unchanged."""
+        if span.num_tokens == span.context_len and self._cache.layout.dtype == latents.dtype:
+            return _rows(latents, span)
+        return self._cache.read(layer, span.block_ids, span.context_len)
 
     def _decode(self, layer: int, projections: Projections, q: Tensor, tables: DecodeTables) -> Tensor:
         """One token of each sequence, all at once: q [B, H, N+R] to [B, H, V], straight from the blocks."""
@@ -163,22 +165,36 @@ class LatentAttention:
         )
         return torch.bmm(u.transpose(0, 1), value_weights).transpose(0, 1)
 
-    def _absorbed(self, projections: Projections, q: Tensor, held: Tensor) -> Tensor:
-        """q [Q, H, N+R], held [S, C+R] to [Q, H, V]: multi-query attention in latent space."""
+    def _absorbed(
+        self, layer: int, projections: Projections, q: Tensor, latents: Tensor, spans: list[Span]
+    ) -> list[Tensor]:
+        """[Q, H, V] of each span: multi-query attention in latent space; the weights are read once for all spans."""
+        if not spans:
+            return []
         key_weights, value_weights = projections.absorb_weights()
-        num_queries, num_heads = q.shape[:2]
+        sizes = [span.num_tokens for span in spans]
+        q = torch.cat([_rows(q, span) for span in spans])
         nope = key_weights.shape[1]
-        # Head by head for one token: a small product each, and no copy of the weights.
         q_latent = torch.bmm(q[..., :nope].transpose(0, 1), key_weights).transpose(0, 1)
-        q_full = torch.cat((q_latent, q[..., nope:]), dim=-1).flatten(0, 1)
-        scores = (q_full @ held.T).float() * self._scale
+        q_full = torch.cat((q_latent, q[..., nope:]), dim=-1)
+        u = torch.cat(
+            [
+                self._multi_query(part, self._held(layer, latents, span))
+                for part, span in zip(q_full.split(sizes), spans, strict=True)
+            ]
+        )
+        return list(torch.bmm(u.transpose(0, 1), value_weights).transpose(0, 1).split(sizes))
+
+    def _multi_query(self, q: Tensor, held: Tensor) -> Tensor:
+        """q [Q, H, C+R] over held [S, C+R], whose first C numbers are the values: [Q, H, C]."""
+        num_queries, num_heads = q.shape[:2]
+        scores: Tensor = (q.flatten(0, 1) @ held.T).float() * self._scale
         if num_queries > 1:
             mask = _causal_mask(num_queries, held.shape[0], held.device)
             scores = scores.unflatten(0, (num_queries, num_heads)).masked_fill(~mask.unsqueeze(1), float("-inf"))
             scores = scores.flatten(0, 1)
-        u = scores.softmax(dim=-1).to(held.dtype) @ held[:, : self._rank]
-        u = u.unflatten(0, (num_queries, num_heads)).transpose(0, 1)
-        return torch.bmm(u, value_weights).transpose(0, 1)
+        u: Tensor = scores.softmax(dim=-1).to(held.dtype) @ held[:, : self._rank]
+        return u.view(num_queries, num_heads, self._rank)
 
 
 def absorb_below(config: ModelConfig) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 from services.engine.scheduler import Chunk
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Span:
     """One sequence's part of a batch: rows start..start+num_tokens-1.
 

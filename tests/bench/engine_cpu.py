@@ -3,9 +3,9 @@
     make bench          or        python -m tests.bench.engine_cpu [--threads N]
 
 The model: hidden 512, 4 layers, 8 heads, latent 512 + 64, 16 experts top-4, vocabulary 49,152, bf16 (77M parameters).
-Measures prefill of 512 tokens, decode at batch 1 and 8 after 128 tokens, and the first token of a second turn after
-2,000 tokens of history, against computing it afresh. Medians; the load average is recorded, since another busy process
-makes PyTorch's threads collapse. Writes tests/bench/results/engine_cpu.json.
+Measures prefill of 512 tokens, decode at batch 1 and 8 after prompts of 512 tokens, and the first token of a second
+turn after 2,000 tokens of history, against computing it afresh. Medians; the load average is recorded, since another
+busy process makes PyTorch's threads collapse. Writes tests/bench/results/engine_cpu.json.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from services.common.messages import SamplingParams
@@ -43,7 +42,7 @@ CONFIG = {
     "hidden_act": "silu", "attention_bias": False, "eos_token_id": 1, "bos_token_id": 0,
 }  # fmt: skip
 DECODE_TOKENS = 32
-CONTEXT = 128
+CONTEXT = 512
 
 
 def main() -> None:
