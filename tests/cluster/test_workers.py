@@ -271,6 +271,22 @@ async def test_a_session_that_moves_fetches_its_history_from_the_old_holder(clus
     await cluster.until_idle()
 
 
+async def test_many_sessions_that_move_at_once_all_fetch_their_history(cluster: Cluster, oracle: Engine) -> None:
+    first, second = await cluster.ready()
+    sampling = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True, prompt_logprobs=0)
+    prompts = [_prompt(200 + i, 330) for i in range(6)]
+    for prompt in prompts:
+        await cluster.turn(first, prompt, sampling)
+    moved = [prompt[:320] + _prompt(300 + i, 20) for i, prompt in enumerate(prompts)]
+    replies = await asyncio.gather(*[cluster.turn(second, each, holder=(first, 320)) for each in moved])
+    for token_ids, reply in zip(moved, replies, strict=True):
+        assert reply.token_ids == _expected(oracle, token_ids)
+        assert reply.origins[0] == (KvSource.FETCHED, 320)
+        assert reply.finished is not None
+        assert reply.finished.kv_origins[0].replica == first.replica_id
+    await cluster.until_idle()
+
+
 async def test_conversations_at_once_are_the_same_as_in_one_process(cluster: Cluster, oracle: Engine) -> None:
     replicas = await cluster.ready()
 
