@@ -27,6 +27,7 @@ from ray import serve
 from services.common.errors import InvalidSettings, Unavailable
 from services.common.settings import DecodeSettings, PrefillSettings, Settings
 from services.decode.deployment import DecodeDeployment
+from services.engine.hub import resolve_model
 from services.gateway.deployment import GatewayDeployment
 from services.prefill.deployment import PrefillDeployment
 from services.ray_environment import check_environment
@@ -82,8 +83,9 @@ def build_app(settings: Settings) -> serve.Application:
 def serve_application(settings: Settings, progress: Progress = lambda stage: None) -> Iterator[RunningApplication]:
     """Starts everything on this machine and yields when turns can be taken; stops everything at the end.
 
-    Raises InvalidSettings, Unavailable; nothing is left running then.
+    Raises InvalidCheckpoint, InvalidSettings, Unavailable; nothing is left running then.
     """
+    resolve_model(settings.model.path)  # a mistake shows at once, and a hub is asked once for all replicas
     with ExitStack() as stack:
         progress("session store")
         settings = stack.enter_context(session_store(settings))

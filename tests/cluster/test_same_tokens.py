@@ -12,7 +12,8 @@ import pytest
 from tests.cluster.serving import GREEDY, Serving, Turn, client_of, collect, local_conversation, oracle, serving
 
 # isort: split
-from services.client import AsyncClient
+from services.client import AsyncClient, AsyncSession
+from services.common.errors import Exhausted
 from services.local import LocalPipeline
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(600)]
@@ -50,7 +51,16 @@ def lines_about(topic: str) -> list[str]:
 
 async def converse(client: AsyncClient, topic: str) -> list[Turn]:
     session = await client.create_session()
-    return [await collect(session.chat(line, sampling=GREEDY)) for line in lines_about(topic)]
+    return [await patiently(session, line) for line in lines_about(topic)]
+
+
+async def patiently(session: AsyncSession, line: str) -> Turn:
+    """Comes again while there is no room, as a client should: a turn that is refused has left nothing behind."""
+    while True:
+        try:
+            return await collect(session.chat(line, sampling=GREEDY))
+        except Exhausted:
+            await asyncio.sleep(0.1)
 
 
 async def test_interleaved_conversations_give_the_tokens_of_one_process(shaped: Serving, local: LocalPipeline) -> None:
