@@ -64,6 +64,7 @@ class DecodeDeployment:
             peers=HistoryHandle(lambda: serve.get_deployment_handle("decode"), settings.transfer.fetch_timeout_s),
             prefill=fleet,
             metrics=runtime.metrics,
+            on_change=runtime.changed,
         )
         self._server = DecodeServer(worker, identity.incarnation, settings.decode.host, settings.decode.max_concurrent)
         await self._server.start()

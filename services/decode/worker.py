@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 from services.common.errors import InvalidRequest, PromptTooLong, QueueFull, StaleLease
@@ -36,7 +36,11 @@ _MAX_FENCES = 100_000
 
 
 class DecodeWorker:
-    """One engine that answers turns. peers: reaches replicas that hold history; prefill: None without such replicas."""
+    """One engine that answers turns.
+
+    peers: reaches replicas that hold history; prefill: None without such replicas. on_change: called when a turn has
+    come or gone.
+    """
 
     def __init__(
         self,
@@ -48,7 +52,9 @@ class DecodeWorker:
         peers: HistoryClient,
         prefill: PrefillClient | None,
         metrics: Metrics,
+        on_change: Callable[[], None] = lambda: None,
     ) -> None:
+        self._on_change = on_change
         self._loop = loop
         self._exchange = exchange
         self._facts = facts
@@ -69,6 +75,7 @@ class DecodeWorker:
         turn = Turn(request, TurnRecord(request, self._exchange.identity.replica_id), salt)
         try:
             stats = await self._admit(turn)
+            self._on_change()
             reservation = turn.reservation
             turn.record.admitted(reservation.num_cached_tokens if reservation else 0)
             yield Admitted(turn.record.num_local_tokens, len(reservation.block_table) if reservation else 0)
@@ -81,6 +88,7 @@ class DecodeWorker:
         finally:
             if turn.reservation is not None:
                 self._exchange.give_back(turn.reservation)
+            self._on_change()
 
     # Before any work.
 
@@ -146,6 +154,7 @@ class DecodeWorker:
         num_findable = num_computed // size * size if self._settings.reuse_history else 0
         finished = record.finished(reason, num_findable)
         self._count(finished)
+        self._on_change()  # before the caller hears of it and comes again
         return finished
 
     def _count(self, finished: DecodeFinished) -> None:

@@ -1,10 +1,10 @@
-"""Tells the registry, once an interval, that a replica is alive and how busy it is."""
+"""Tells the registry that a replica is alive and how busy it is: once an interval, and when its load changes."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
@@ -15,6 +15,8 @@ from services.engine.loop import EngineLoop
 from services.sessions.registry import ReplicaRecord, ReplicaRegistry
 
 log = logging.getLogger(__name__)
+
+_MIN_INTERVAL_S = 0.05
 
 
 class Heartbeat:
@@ -41,6 +43,7 @@ class Heartbeat:
         self._after_beat = after_beat
         self._asking: asyncio.Future[tuple[EngineStats, int]] | None = None
         self._task: asyncio.Task[None] | None = None
+        self._has_changed = asyncio.Event()
         self._num_preemptions = 0
 
     async def start(self) -> None:
@@ -63,14 +66,18 @@ class Heartbeat:
         except Unavailable:
             log.warning("not deregistered: the store does not answer; the registration ends by itself")
 
+    def changed(self) -> None:
+        """The replica's load is another now: the report comes early, so that nobody routes by the old one."""
+        self._has_changed.set()
+
     async def _run(self) -> None:
         while self.failure is None:
-            started = time.monotonic()
-            await asyncio.sleep(self._interval_s)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._interval_s):
+                    await self._has_changed.wait()
+            self._has_changed.clear()
             await self._beat()
-            late_s = time.monotonic() - started - self._interval_s
-            if late_s > self._ttl_s:
-                log.warning("a heartbeat came late", extra={"duration_ms": round(late_s * 1e3)})
+            await asyncio.sleep(min(_MIN_INTERVAL_S, self._interval_s))
 
     async def _beat(self) -> None:
         await self._refresh()

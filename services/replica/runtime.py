@@ -114,6 +114,11 @@ class ReplicaRuntime:
         )
         await self._heartbeat.start()
 
+    def changed(self) -> None:
+        """The load is another now: the registry hears of it early."""
+        if self._heartbeat is not None:
+            self._heartbeat.changed()
+
     @property
     def metrics_address(self) -> str:
         """host:port of /metrics."""
