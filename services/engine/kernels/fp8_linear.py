@@ -29,7 +29,9 @@ def quantize_activations(
     """[T, K] to e4m3 [T, K] and fp32 scales [T, ceil(K / 128)]: s = max(|x|, 1e-4) / 448 over 128 channels."""
     tokens, channels = x.shape
     padded = F.pad(x.float(), (0, -channels % SCALE_BLOCK)).view(tokens, -1, SCALE_BLOCK)
-    scales = padded.abs().amax(-1).clamp_(min=SMALLEST_AMAX) / E4M3_MAX
+    largest = padded.abs().amax(-1).clamp_(min=SMALLEST_AMAX)
+    # By a tensor: CUDA divides by a Python number as a product with its reciprocal, which rounds differently.
+    scales = largest / largest.new_full((), E4M3_MAX)
     if round_scales_to_power_of_two:
         mantissas, exponents = torch.frexp(scales)
         # frexp's mantissa is in [0.5, 1): exactly 0.5 is already a power of two.

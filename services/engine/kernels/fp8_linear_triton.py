@@ -1,8 +1,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 """FP8 linear layers on CUDA: e4m3 products of 128 channels at a time, each scaled and summed in fp32.
 
-Few tokens: activations are quantised inside the product, and the channels are split among programs (summed in a fixed
-order, so that a result never depends on timing). Many tokens: they are quantised once, before.
+Few tokens leave few programs: then the channels are split among more of them, and summed in a fixed order, so that a
+result never depends on timing.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ import triton
 import triton.language as tl
 
 SCALE_BLOCK = 128
-# Below this the weights' bytes decide, and a kernel that only quantises would be felt.
-MANY_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -31,12 +29,12 @@ class Tile:
 
 def tile_for(num_tokens: int, num_outputs: int, num_channels: int, num_sms: int) -> Tile:
     """The measured best on an H100."""
-    if num_tokens > MANY_TOKENS:
+    if num_tokens > 128:
         return Tile(128, 128, 8, 4) if num_tokens > 256 else Tile(64, 128, 4, 4)
-    block_m = max(16, triton.next_power_of_2(num_tokens))
+    block_m = min(max(16, triton.next_power_of_2(num_tokens)), 64)
     block_n = 64 if block_m <= 32 else 128
     programs = triton.cdiv(num_outputs, block_n) * triton.cdiv(num_tokens, block_m)
-    num_splits = min(triton.cdiv(2 * num_sms, programs), triton.cdiv(num_channels, 4 * SCALE_BLOCK), 16)
+    num_splits = max(1, min(2 * num_sms // programs, triton.cdiv(num_channels, 4 * SCALE_BLOCK), 16))
     return Tile(block_m, block_n, 4, 5 if block_m <= 32 else 4, num_splits)
 
 
@@ -57,8 +55,7 @@ def fp8_linear_triton(
         return out
     num_sms = torch.cuda.get_device_properties(x.device).multi_processor_count
     tile = tile or tile_for(num_tokens, num_outputs, num_channels, num_sms)
-    quantizes = num_tokens <= MANY_TOKENS
-    activations, scales = (x, scale_inv) if quantizes else quantize_rows(x, round_scales_to_power_of_two)
+    activations, scales = quantize_rows(x, round_scales_to_power_of_two)
     target = out
     if tile.num_splits > 1:
         target = torch.empty(tile.num_splits, num_tokens, num_outputs, dtype=torch.float32, device=x.device)
@@ -76,8 +73,6 @@ def fp8_linear_triton(
         weight.stride(0),
         scale_inv.stride(0),
         triton.cdiv(triton.cdiv(num_channels, SCALE_BLOCK), tile.num_splits),
-        QUANTIZES=quantizes,
-        ROUNDS=round_scales_to_power_of_two,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         num_warps=tile.num_warps,
@@ -94,14 +89,23 @@ def quantize_rows(x: torch.Tensor, round_scales_to_power_of_two: bool) -> tuple[
     num_blocks = triton.cdiv(num_channels, SCALE_BLOCK)
     quantized = torch.empty(num_tokens, num_channels, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty(num_tokens, num_blocks, dtype=torch.float32, device=x.device)
-    _quantize[(triton.cdiv(num_tokens, 16), num_blocks)](
-        x, quantized, scales, num_tokens, num_channels, x.stride(0), ROUNDS=round_scales_to_power_of_two, BLOCK_M=16
+    block_m = min(16, triton.next_power_of_2(num_tokens))
+    _quantize[(triton.cdiv(num_tokens, block_m), num_blocks)](
+        x,
+        quantized,
+        scales,
+        num_tokens,
+        num_channels,
+        x.stride(0),
+        ROUNDS=round_scales_to_power_of_two,
+        BLOCK_M=block_m,
+        num_warps=4 if block_m == 16 else 1,
     )
     return quantized, scales
 
 
 @triton.jit
-def quantize_tile(x, ROUNDS: tl.constexpr):
+def _quantize_tile(x, ROUNDS: tl.constexpr):
     """[rows, 128 channels] to e4m3 and a scale a row."""
     x = x.to(tl.float32)
     scales = tl.div_rn(tl.maximum(tl.max(tl.abs(x), 1), 1e-4), 448.0)
@@ -121,7 +125,7 @@ def _quantize(x, quantized, scales, num_tokens, num_channels, row_stride, ROUNDS
     channels = block * 128 + tl.arange(0, 128)
     mask = (rows[:, None] < num_tokens) & (channels[None, :] < num_channels)
     numbers = tl.load(x + rows[:, None].to(tl.int64) * row_stride + channels[None, :], mask=mask, other=0.0)
-    e4m3, row_scales = quantize_tile(numbers, ROUNDS)
+    e4m3, row_scales = _quantize_tile(numbers, ROUNDS)
     tl.store(quantized + rows[:, None].to(tl.int64) * num_channels + channels[None, :], e4m3, mask=mask)
     tl.store(scales + rows.to(tl.int64) * tl.num_programs(1) + block, row_scales, mask=rows < num_tokens)
 
@@ -140,8 +144,6 @@ def _multiply(
     weight_stride,
     scale_stride,
     blocks_per_split,
-    QUANTIZES: tl.constexpr,
-    ROUNDS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -164,10 +166,7 @@ def _multiply(
         x_mask = (rows[:, None] < num_tokens) & is_channel[None, :]
         a = tl.load(x_at + block * 128, mask=x_mask, other=0.0)
         b = tl.load(weight_at + block * 128, mask=(outputs[None, :] < num_outputs) & is_channel[:, None], other=0.0)
-        if QUANTIZES:
-            a, a_scales = quantize_tile(a, ROUNDS)
-        else:
-            a_scales = tl.load(x_scales + rows.to(tl.int64) * num_blocks + block, mask=rows < num_tokens, other=0.0)
+        a_scales = tl.load(x_scales + rows.to(tl.int64) * num_blocks + block, mask=rows < num_tokens, other=0.0)
         acc += tl.dot(a, b) * (a_scales * tl.load(scale_at + block))[:, None]
     out_at = out + (split * num_tokens + rows[:, None]).to(tl.int64) * num_outputs + outputs[None, :]
     mask = (rows[:, None] < num_tokens) & (outputs[None, :] < num_outputs)

@@ -95,7 +95,7 @@ def _columns(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 
 def _tiles(cu_q: list[int], cu_k: list[int], block_m: int) -> torch.Tensor:
-    """[tiles, 4] int32 by falling work: first query, end of the queries, first key, last key that query i sees minus i."""
+    """[tiles, 4] int32 by falling work: first query, end of queries, first key, last key that query i sees minus i."""
     tiles = []
     for (q0, q1), (k0, k1) in zip(pairwise(cu_q), pairwise(cu_k), strict=True):
         shift = k1 - q1

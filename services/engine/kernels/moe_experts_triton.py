@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from services.engine.kernels.fp8_linear_triton import quantize_rows, quantize_tile
+from services.engine.kernels.fp8_linear_triton import quantize_rows
 from services.engine.kernels.moe_align_triton import Blocks, align
 
 
@@ -90,9 +90,8 @@ def _grouped(
     num_channels = x.shape[1]
     num_outputs = out.shape[1]
     is_fp8 = scales is not None
-    quantizes = is_fp8 and cut.block_m <= 64
     x_scales = x
-    if is_fp8 and not quantizes:
+    if is_fp8:
         x, x_scales = quantize_rows(x, rounds)
     block_n = cut.block_n_gate_up if is_gate_up else cut.block_n_down
     _multiply[(blocks.max_blocks * triton.cdiv(num_outputs, block_n),)](
@@ -112,8 +111,6 @@ def _grouped(
         assignments_per_row,
         IS_GATE_UP=is_gate_up,
         IS_FP8=is_fp8,
-        QUANTIZES=quantizes,
-        ROUNDS=rounds,
         BLOCK_M=cut.block_m,
         BLOCK_N=block_n,
         BLOCK_K=128 if is_fp8 else cut.block_k,
@@ -140,13 +137,11 @@ def _multiply(
     assignments_per_row,
     IS_GATE_UP: tl.constexpr,
     IS_FP8: tl.constexpr,
-    QUANTIZES: tl.constexpr,
-    ROUNDS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One block of tokens against BLOCK_N rows of its expert (and as many of up). In FP8 BLOCK_N divides BLOCK_K = 128."""
+    """One block of tokens against BLOCK_N rows of its expert (and as many of up). FP8: BLOCK_N divides BLOCK_K."""
     num_n = tl.cdiv(num_outputs, BLOCK_N)
     # Neighbours share an expert's rows, then the tokens: both stay in the L2 cache.
     block, tile_n = tl.swizzle2d(tl.program_id(0) // num_n, tl.program_id(0) % num_n, max_blocks, num_n, 8)
@@ -179,10 +174,7 @@ def _multiply(
         if IS_GATE_UP:
             b_up = tl.load(up_at + step * BLOCK_K, mask=b_mask, other=0.0)
         if IS_FP8:
-            if QUANTIZES:
-                a, a_scales = quantize_tile(a, ROUNDS)
-            else:
-                a_scales = tl.load(x_scales + row * num_k + step, mask=is_row, other=0.0)
+            a_scales = tl.load(x_scales + row * num_k + step, mask=is_row, other=0.0)
             acc += tl.dot(a, b) * (a_scales * tl.load(scale_at + step))[:, None]
             if IS_GATE_UP:
                 up_scale = tl.load(scale_at + scale_rows * num_k + step)

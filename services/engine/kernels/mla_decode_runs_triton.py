@@ -1,0 +1,90 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+"""What the decode kernels share: how tiles are dealt to workers, and how partial results become one.
+
+The tiles, laid end to end, are dealt in equal runs, whatever the lengths. A worker leaves a partial result for every
+sequence it touches, at [worker + row]: both only grow along the runs, so no two meet.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def row_ends(lens, num_rows, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Every row's length, and the number of tiles up to its end."""
+    rows = tl.arange(0, ROWS)
+    lengths = tl.load(lens + rows, mask=rows < num_rows, other=0)
+    return rows, lengths, tl.cumsum((lengths + BLOCK_N - 1) // BLOCK_N, 0)
+
+
+@triton.jit
+def run_of(worker, num_workers, ends):
+    """The tiles [begin, stop) of a worker."""
+    total = tl.max(ends, 0)
+    run = (total + num_workers - 1) // num_workers
+    return worker * run, tl.minimum(worker * run + run, total)
+
+
+@triton.jit
+def tokens_of(row, rows, lengths, ends, begin, stop, BLOCK_N: tl.constexpr):
+    """The tokens [first, last) of a row that lie in a run of tiles."""
+    end_tile = tl.sum(tl.where(rows == row, ends, 0), 0)
+    length = tl.sum(tl.where(rows == row, lengths, 0), 0)
+    start_tile = end_tile - (length + BLOCK_N - 1) // BLOCK_N
+    first = tl.maximum(begin - start_tile, 0) * BLOCK_N
+    return first, tl.minimum(length, (stop - start_tile) * BLOCK_N)
+
+
+@triton.jit
+def block_ids(table, token, last, tokens, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The block id of a tile's tokens: one where a block holds a tile, else one a token."""
+    if BLOCK_SIZE % BLOCK_N == 0:
+        block = tl.load(table + token // BLOCK_SIZE, mask=token < last, other=0)
+    else:
+        block = tl.load(table + (token + tokens) // BLOCK_SIZE, mask=token + tokens < last, other=0)
+    return block.to(tl.int64)
+
+
+@triton.jit
+def merge(
+    partial,
+    lse,
+    lens,
+    out,
+    num_rows,
+    num_workers,
+    NUM_HEADS: tl.constexpr,
+    LATENT: tl.constexpr,
+    ROWS: tl.constexpr,
+    LATENT_POW2: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One head of one row: the partial results of all workers that touched the row."""
+    head = tl.program_id(0)
+    row = tl.program_id(1)
+    rows, lengths, ends = row_ends(lens, num_rows, ROWS, BLOCK_N)
+    total = tl.max(ends, 0)
+    run = tl.maximum((total + num_workers - 1) // num_workers, 1)
+    length = tl.sum(tl.where(rows == row, lengths, 0), 0)
+    end_tile = tl.sum(tl.where(rows == row, ends, 0), 0)
+    start_tile = end_tile - (length + BLOCK_N - 1) // BLOCK_N
+    c = tl.arange(0, LATENT_POW2)
+    top = float("-inf")
+    total_weight = 0.0
+    acc = tl.zeros([LATENT_POW2], tl.float32)
+    if length > 0:
+        for worker in range(start_tile // run, (end_tile - 1) // run + 1):
+            at = (worker + row).to(tl.int64) * NUM_HEADS + head
+            part_lse = tl.load(lse + at)
+            part = tl.load(partial + at * LATENT + c, mask=c < LATENT, other=0.0)
+            new_top = tl.maximum(top, part_lse)
+            shrink = tl.exp2(top - new_top)
+            weight = tl.exp2(part_lse - new_top)
+            acc = acc * shrink + part * weight
+            total_weight = total_weight * shrink + weight
+            top = new_top
+        acc = acc / total_weight
+    out_at = out + (row.to(tl.int64) * NUM_HEADS + head) * LATENT
+    tl.store(out_at + c, acc.to(out.dtype.element_ty), mask=c < LATENT)
