@@ -24,6 +24,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from services.engine.kernels.fp8_linear import fp8_linear, fp8_linear_reference
 from services.engine.kernels.mla_decode import mla_decode, mla_decode_reference
+from services.engine.kernels.mla_decode_flash_mla import FEW_HEADS, flash_mla, mla_decode_flash_mla
+from services.engine.kernels.mla_decode_triton import mla_decode_triton
 from services.engine.kernels.mla_prefill import mla_prefill, mla_prefill_reference
 from services.engine.kernels.moe_experts import moe_experts, moe_experts_reference
 from tests.kernel_inputs import decode_inputs, fp8_weight, pack_latents, relative_error
@@ -152,7 +154,8 @@ class Bench:
             flops = 2 * rows * context * num_heads * (2 * LATENT + ROPE)
             num_bytes = rows * context * (656 if is_fp8 else 1152)
             name = f"decode {rows} x {context}, {num_heads} heads, {'fp8' if is_fp8 else 'bf16'}"
-            yield self.figure(name, ms, num_bytes, flops, error, ("", None))
+            peer = ("", None) if is_fp8 else _decode_peer(inputs, num_heads, context)
+            yield self.figure(name, ms, num_bytes, flops, error, peer)
 
     def moe(self) -> Iterator[Figure]:
         """The weights of the experts touched are the bytes."""
@@ -184,7 +187,7 @@ class Bench:
         flops = 6 * tokens * chosen * width * model
         peer = ("", None)
         if not is_fp8 and tokens >= 64:
-            peer = ("torch grouped_mm", time_eager_ms(lambda: _grouped_mm(x, gate_up, down, choices[0], weights)))
+            peer = ("eager torch grouped_mm", time_eager_ms(lambda: _grouped_mm(x, gate_up, down, choices[0], weights)))
         name = f"experts {tokens} tokens, {chosen} of {experts}, {'fp8' if is_fp8 else 'bf16'}"
         return self.figure(name, ms, num_bytes, flops, error, peer, is_fp8)
 
@@ -211,12 +214,24 @@ class Bench:
             arguments = (0.07, [0, new], [0, total])
             out = mla_prefill(q, k, v, *arguments)
             expected = mla_prefill_reference(q[:, :1].float(), k[:, :1].float(), v[:, :1].float(), *arguments)
-            ms = time_eager_ms(lambda q=q, k=k, v=v, a=arguments: mla_prefill(q, k, v, *a))
+            ms = time_ms([lambda q=q, k=k, v=v, a=arguments: mla_prefill(q, k, v, *a)])
             flops = 2 * num_heads * (192 + 128) * (new * prefix + new * new / 2)
             num_bytes = 2 * num_heads * (new * 320 + total * 320)
             peer = ("cuDNN SDPA", _cudnn_ms(q, k, v)) if prefix == 0 else ("", None)
             name = f"prefill {new} after {prefix}, {num_heads} heads"
             yield self.figure(name, ms, num_bytes, flops, relative_error(out[:, :1], expected), peer)
+
+
+def _decode_peer(inputs: list[tuple[torch.Tensor, ...]], num_heads: int, context: int) -> tuple[str, float | None]:
+    """Of FlashMLA and our own kernel the one that `mla_decode` does not take."""
+    if flash_mla() is None:
+        return "", None
+    repeats = 3 if len(inputs) == 1 else 1
+    if num_heads > FEW_HEADS:
+        return "own kernel", time_ms(
+            [lambda i=i: mla_decode_triton(*i, 0.1, LATENT, context) for i in inputs] * repeats
+        )
+    return "FlashMLA", time_ms([lambda i=i: mla_decode_flash_mla(*i, 0.1, LATENT) for i in inputs] * repeats)
 
 
 def _expert_weights(experts: int, rows: int, columns: int, is_fp8: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -245,7 +260,7 @@ def _grouped_mm(
 def _cudnn_ms(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> float:
     query, key, value = (part.transpose(0, 1).unsqueeze(0) for part in (q, k, v))
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return time_eager_ms(lambda: F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.07))
+        return time_ms([lambda: F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.07)])
 
 
 def main() -> None:

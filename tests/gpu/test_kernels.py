@@ -22,7 +22,7 @@ LENGTHS = [1, 15, 64, 0, 65, 700, 3, 4097, 128]
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize(
     ("num_heads", "latent", "rope", "block_size"),
-    [(16, 512, 64, 64), (128, 512, 64, 32), (6, 128, 32, 16), (40, 512, 64, 24), (4, 48, 16, 128)],
+    [(16, 512, 64, 64), (128, 512, 64, 32), (128, 512, 64, 64), (6, 128, 32, 16), (40, 512, 64, 24), (4, 48, 16, 128)],
 )
 def test_decode(dtype: torch.dtype, num_heads: int, latent: int, rope: int, block_size: int) -> None:
     q, cache, tables, lens = decode_inputs(LENGTHS, num_heads, latent, rope, block_size, dtype, "cuda")
@@ -52,16 +52,18 @@ def test_decode_of_few_and_many_sequences(lengths: list[int]) -> None:
     assert relative_error(out, mla_decode_reference(q.float(), cache, tables, lens, 0.05, 512)) < 8e-3
 
 
-def test_decode_ignores_what_lies_beyond_the_lengths() -> None:
-    q, cache, tables, lens = decode_inputs([70, 5], 16, 512, 64, 64, torch.bfloat16, "cuda")
+@pytest.mark.parametrize("num_heads", [16, 128])
+def test_decode_ignores_what_lies_beyond_the_lengths(num_heads: int) -> None:
+    q, cache, tables, lens = decode_inputs([70, 5], num_heads, 512, 64, 64, torch.bfloat16, "cuda")
     out = mla_decode(q, cache, tables, lens, 0.1, 512)
     cache[tables[0, 1].long(), 6:] = torch.nan
     cache[tables[1, 0].long(), 5:] = torch.inf
     assert torch.equal(mla_decode(q, cache, tables, lens, 0.1, 512), out)
 
 
-def test_decode_replays_in_a_graph_with_other_lengths() -> None:
-    q, cache, tables, lens = decode_inputs([900, 300, 77], 16, 512, 64, 64, torch.bfloat16, "cuda")
+@pytest.mark.parametrize("num_heads", [16, 128])
+def test_decode_replays_in_a_graph_with_other_lengths(num_heads: int) -> None:
+    q, cache, tables, lens = decode_inputs([900, 300, 77], num_heads, 512, 64, 64, torch.bfloat16, "cuda")
     replay, out = _captured(lambda: mla_decode(q, cache, tables, lens, 0.1, 512, 1024))
     lens.copy_(torch.tensor([3, 300, 0]))
     q.normal_()

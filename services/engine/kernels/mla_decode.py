@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import torch
 
+from services.engine.kernels import mla_decode_flash_mla
+
 SCALE_BLOCK = 128
 
 
@@ -46,6 +48,8 @@ def mla_decode(
     `max_context_len` is an upper bound of the lengths: with it, little work is given to few programs of a GPU.
     On CUDA nothing is read back to the host, so the call can be captured in a graph.
     """
+    if q.is_cuda and mla_decode_flash_mla.is_best(q, cache, kv_lora_rank):
+        return mla_decode_flash_mla.mla_decode_flash_mla(q, cache, block_tables, context_lens, scale, kv_lora_rank)
     if q.is_cuda:
         from services.engine.kernels.mla_decode_triton import mla_decode_triton
 

@@ -34,9 +34,7 @@ def plan_for(num_heads: int, latent: int, cache_dtype: torch.dtype) -> Plan:
         return Plan(16, 16, 4, 2, 1)
     if block_h == 64:
         return Plan(64, 64 if latent > 256 else 32, 8, 2, 1)
-    if block_h == 32:
-        return Plan(32, 32, 4, 3, 1)
-    return Plan(16, 32, 4, 3, 2)
+    return Plan(block_h, 32, 4, 3, 2)
 
 
 def mla_decode_triton(

@@ -6,6 +6,7 @@ The tiles of all sequences are laid out on the host, those with the most keys fi
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -51,7 +52,7 @@ def mla_prefill_triton(
     width_a = max(16, 1 << (width.bit_length() - 1))
     width_b = max(16, triton.next_power_of_2(width - width_a)) if width > width_a else 0
     value_pow2 = max(16, triton.next_power_of_2(value_dim))
-    tiles = _tiles(cu_q, cu_k, tile.block_m).to(q.device, non_blocking=True)
+    tiles = _tiles(tuple(cu_q), tuple(cu_k), tile.block_m, q.device)
     _attend[(len(tiles) * num_heads,)](
         _columns(q, tile.block_m, width_a),
         _columns(q, tile.block_m, width_b or width_a),
@@ -94,14 +95,16 @@ def _columns(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor(x, [x.shape[0], num_columns], [x.stride(0), 1], [rows, columns])
 
 
-def _tiles(cu_q: list[int], cu_k: list[int], block_m: int) -> torch.Tensor:
+# All layers of a step ask for the same tiles: one copy to the device instead of one a layer.
+@functools.lru_cache(maxsize=4)
+def _tiles(cu_q: tuple[int, ...], cu_k: tuple[int, ...], block_m: int, device: torch.device) -> torch.Tensor:
     """[tiles, 4] int32 by falling work: first query, end of queries, first key, last key that query i sees minus i."""
     tiles = []
     for (q0, q1), (k0, k1) in zip(pairwise(cu_q), pairwise(cu_k), strict=True):
         shift = k1 - q1
         tiles += [(first, q1, k0, shift) for first in range(q0, q1, block_m)]
     tiles.sort(key=lambda tile: tile[2] - tile[0] - tile[3])
-    return torch.tensor(tiles, dtype=torch.int32)
+    return torch.tensor(tiles, dtype=torch.int32, device=device)
 
 
 @triton.jit
