@@ -60,6 +60,7 @@ def merge(
     ROWS: tl.constexpr,
     LATENT_POW2: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     """One head of one row: the partial results of all workers that touched the row."""
     head = tl.program_id(0)
@@ -71,19 +72,23 @@ def merge(
     end_tile = tl.sum(tl.where(rows == row, ends, 0), 0)
     start_tile = end_tile - (length + BLOCK_N - 1) // BLOCK_N
     c = tl.arange(0, LATENT_POW2)
+    part = tl.arange(0, PARTS)
     top = float("-inf")
     total_weight = 0.0
     acc = tl.zeros([LATENT_POW2], tl.float32)
     if length > 0:
-        for worker in range(start_tile // run, (end_tile - 1) // run + 1):
-            at = (worker + row).to(tl.int64) * NUM_HEADS + head
-            part_lse = tl.load(lse + at)
-            part = tl.load(partial + at * LATENT + c, mask=c < LATENT, other=0.0)
-            new_top = tl.maximum(top, part_lse)
+        last_worker = (end_tile - 1) // run
+        for worker in range(start_tile // run, last_worker + 1, PARTS):
+            at = (worker + part + row).to(tl.int64) * NUM_HEADS + head
+            is_part = worker + part <= last_worker
+            part_lse = tl.load(lse + at, mask=is_part, other=float("-inf"))
+            mask = is_part[:, None] & (c[None, :] < LATENT)
+            parts = tl.load(partial + at[:, None] * LATENT + c[None, :], mask=mask, other=0.0)
+            new_top = tl.maximum(top, tl.max(part_lse, 0))
             shrink = tl.exp2(top - new_top)
             weight = tl.exp2(part_lse - new_top)
-            acc = acc * shrink + part * weight
-            total_weight = total_weight * shrink + weight
+            acc = acc * shrink + tl.sum(parts * weight[:, None], 0)
+            total_weight = total_weight * shrink + tl.sum(weight, 0)
             top = new_top
         acc = acc / total_weight
     out_at = out + (row.to(tl.int64) * NUM_HEADS + head) * LATENT

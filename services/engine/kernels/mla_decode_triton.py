@@ -103,6 +103,7 @@ def mla_decode_triton(
         ROWS=rows_pow2,
         LATENT_POW2=latent_pow2,
         BLOCK_N=plan.block_n,
+        PARTS=8,
         num_warps=4 if latent_pow2 >= 512 else 1,
     )
     return out

@@ -53,6 +53,9 @@ def mla_prefill_triton(
     width_b = max(16, triton.next_power_of_2(width - width_a)) if width > width_a else 0
     value_pow2 = max(16, triton.next_power_of_2(value_dim))
     tiles = _tiles(tuple(cu_q), tuple(cu_k), tile.block_m, q.device)
+    # Heads at a time: enough to fill the card twice; the fewer, the longer their keys stay in the L2 cache.
+    num_sms = torch.cuda.get_device_properties(q.device).multi_processor_count
+    heads_at_once = min(num_heads, triton.next_power_of_2(triton.cdiv(2 * num_sms, len(tiles))))
     _attend[(len(tiles) * num_heads,)](
         _columns(q, tile.block_m, width_a),
         _columns(q, tile.block_m, width_b or width_a),
@@ -65,7 +68,9 @@ def mla_prefill_triton(
         q.stride(1),
         k.stride(1),
         v.stride(1),
+        len(tiles),
         NUM_HEADS=num_heads,
+        HEADS_AT_ONCE=heads_at_once,
         WIDTH=width,
         WIDTH_A=width_a,
         WIDTH_B=width_b,
@@ -162,7 +167,9 @@ def _attend(
     q_head_stride,
     k_head_stride,
     v_head_stride,
+    num_tiles,
     NUM_HEADS: tl.constexpr,
+    HEADS_AT_ONCE: tl.constexpr,
     WIDTH: tl.constexpr,
     WIDTH_A: tl.constexpr,
     WIDTH_B: tl.constexpr,
@@ -172,8 +179,11 @@ def _attend(
     BLOCK_N: tl.constexpr,
 ):
     """One tile of queries of one head."""
-    head = tl.program_id(0) % NUM_HEADS
-    tile = tiles + tl.program_id(0) // NUM_HEADS * 4
+    first_head = tl.program_id(0) // (HEADS_AT_ONCE * num_tiles) * HEADS_AT_ONCE
+    num_heads = tl.minimum(HEADS_AT_ONCE, NUM_HEADS - first_head)
+    place = tl.program_id(0) - first_head * num_tiles
+    head = first_head + place % num_heads
+    tile = tiles + place // num_heads * 4
     first_query = tl.load(tile)
     end_query = tl.load(tile + 1)
     first_key = tl.load(tile + 2)
