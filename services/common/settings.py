@@ -217,9 +217,6 @@ class TransferSettings(_Section):
     quarantine_s: Seconds = Field(
         default=30.0, description="How long the target blocks of a timed-out fetch stay unused, in seconds."
     )
-    verify_digest: bool = Field(
-        default=True, description="Compare a digest of the blocks that arrive with the sender's."
-    )
 
 
 class _WorkerSettings(_Section):

@@ -25,6 +25,9 @@ from services.engine.sampler import Sampled, Sampler, SamplingRow, check_vocabul
 from services.engine.scheduler import Chunk, Reservation, Scheduler
 from services.engine.sequence import Sequence
 
+# Prefix hashers kept by tenant; one that was dropped is made again, the same.
+_MAX_HASHERS = 1024
+
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
@@ -235,6 +238,8 @@ class Engine:
         hasher = self._hashers.get(tenant_salt)
         if hasher is None:
             seed = self.layout.fingerprint.encode()
+            if len(self._hashers) >= _MAX_HASHERS:  # a salt a turn, where nothing is reused
+                del self._hashers[next(iter(self._hashers))]
             hasher = self._hashers[tenant_salt] = PrefixHasher(seed, self.layout.block_size, tenant_salt)
         return hasher
 
