@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from services.engine.batch import Batch, DecodeTables, Span
+from services.engine.batch import Batch, Span
 from services.engine.config import LATENT_NORM_EPS, ModelConfig
-from services.engine.kernels.mla_decode import mla_decode
 from services.engine.kv_cache import KVCache
 from services.engine.layers import Fp8Linear, Linear, RMSNorm
 from services.engine.rotary import rotate, softmax_scale
@@ -93,7 +92,7 @@ class Projections(nn.Module):
 
 
 class Attention(Protocol):
-    """How queries meet the cache. Two implementations: one a cache mode."""
+    """How queries meet the cache: one implementation a cache mode, and one for CUDA."""
 
     def attend(self, layer: int, projections: Projections, q: Tensor, latents: Tensor, batch: Batch) -> Tensor:
         """Stores the batch's new rows in the cache and attends. q [T, H, N+R], latents [T, C+R]; returns [T, H, V]."""
@@ -133,8 +132,6 @@ class LatentAttention:
 
     def attend(self, layer: int, projections: Projections, q: Tensor, latents: Tensor, batch: Batch) -> Tensor:
         self._cache.write(layer, batch.blocks, batch.offsets, latents)
-        if batch.decode is not None:
-            return self._decode(layer, projections, q, batch.decode)
         absorbed = [span for span in batch.spans if span.num_tokens < self._absorb_below]
         results = dict(zip(absorbed, self._absorbed(layer, projections, q, latents, absorbed), strict=True))
         for span in batch.spans:
@@ -148,22 +145,6 @@ class LatentAttention:
         if span.num_tokens == span.context_len and self._cache.layout.dtype == latents.dtype:
             return _rows(latents, span)
         return self._cache.read(layer, span.block_ids, span.context_len)
-
-    def _decode(self, layer: int, projections: Projections, q: Tensor, tables: DecodeTables) -> Tensor:
-        """One token of each sequence, all at once: q [B, H, N+R] to [B, H, V], straight from the blocks."""
-        key_weights, value_weights = projections.absorb_weights()
-        nope = key_weights.shape[1]
-        q_latent = torch.bmm(q[..., :nope].transpose(0, 1), key_weights).transpose(0, 1)
-        u = mla_decode(
-            torch.cat((q_latent, q[..., nope:]), dim=-1),
-            self._cache.pool[:, layer],
-            tables.block_tables,
-            tables.context_lens,
-            self._scale,
-            self._rank,
-            tables.max_context_len,
-        )
-        return torch.bmm(u.transpose(0, 1), value_weights).transpose(0, 1)
 
     def _absorbed(
         self, layer: int, projections: Projections, q: Tensor, latents: Tensor, spans: list[Span]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from services.engine.attention import Attention, LatentAttention, NaiveAttention
+from services.engine.attention_cuda import CudaLatentAttention
 from services.engine.batch import Batch
 from services.engine.kv_cache import KVCache
 from services.engine.model import DeepseekForCausalLM
@@ -23,8 +24,7 @@ class Runner:
         self.cache = cache
         self.device = device
         self._rotary = RotaryEmbedding(model.config, max_seq_len, device)
-        is_naive = cache.layout.cache_mode == "naive"
-        self._attention: Attention = (NaiveAttention if is_naive else LatentAttention)(model.config, cache)
+        self._attention = _attention(model, cache, device)
 
     @torch.inference_mode()
     def run(self, chunks: ListLike[Chunk]) -> Tensor:
@@ -32,3 +32,9 @@ class Runner:
         batch = Batch.of(chunks, self.cache.layout.block_size, self.device)
         logits: Tensor = self.model(batch, self._rotary, self._attention)
         return logits
+
+
+def _attention(model: DeepseekForCausalLM, cache: KVCache, device: torch.device) -> Attention:
+    if cache.layout.cache_mode == "naive":
+        return NaiveAttention(model.config, cache)
+    return (CudaLatentAttention if device.type == "cuda" else LatentAttention)(model.config, cache)
