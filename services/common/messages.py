@@ -209,6 +209,7 @@ class Timings:
 
     first_token_ms counts from the arrival of the request at the gateway to its first token, and total_ms to its end;
     queue_ms, transfer_ms, prefill_ms and decode_ms are the decode replica's. transfer_bytes: KV bytes received.
+    replica_first_token_ms: from the turn's arrival at the decode replica to its first token there.
     """
 
     session_ms: float = 0.0
@@ -221,6 +222,7 @@ class Timings:
     first_token_ms: float = 0.0
     decode_ms: float = 0.0
     total_ms: float = 0.0
+    replica_first_token_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -241,6 +241,9 @@ class DecodeSettings(_WorkerSettings):
     remote_prefill: Literal["auto", "always", "never"] = Field(
         default="auto", description="Whether prefill replicas compute what is missing. auto: measured rates decide."
     )
+    fetch_history: bool = Field(
+        default=True, description="Fetch history that another replica holds, where measured rates say that it pays."
+    )
     reuse_history: bool = Field(
         default=True, description="Keep and fetch the KV of earlier turns. Off: every turn is cold."
     )

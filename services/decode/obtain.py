@@ -52,7 +52,8 @@ class Obtainer:
     def _situation(self, turn: Turn, stats: EngineStats) -> Situation:
         size = self._exchange.block_size
         num_tokens = len(turn.request.token_ids)
-        held = [holder.num_computed_tokens for holder in turn.request.holders] if self._settings.reuse_history else []
+        may_fetch = self._settings.reuse_history and self._settings.fetch_history
+        held = [holder.num_computed_tokens for holder in turn.request.holders] if may_fetch else []
         return Situation(
             num_tokens=num_tokens,
             num_local_tokens=turn.record.num_local_tokens,

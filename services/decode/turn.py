@@ -184,6 +184,7 @@ class TurnRecord:
         timings = replace(
             self._timings,
             first_token_ms=(first_token_s - self._arrived_s) * 1e3,
+            replica_first_token_ms=(first_token_s - self._arrived_s) * 1e3,
             decode_ms=(self._last_token_s - first_token_s) * 1e3,
             total_ms=self.since_arrival_ms,
         )

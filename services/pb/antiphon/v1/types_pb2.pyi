@@ -628,6 +628,7 @@ class Timings(_message.Message):
     FIRST_TOKEN_MS_FIELD_NUMBER: _builtins.int
     DECODE_MS_FIELD_NUMBER: _builtins.int
     TOTAL_MS_FIELD_NUMBER: _builtins.int
+    REPLICA_FIRST_TOKEN_MS_FIELD_NUMBER: _builtins.int
     session_ms: _builtins.float
     """Acquire the session and read its journal."""
     tokenize_ms: _builtins.float
@@ -648,6 +649,8 @@ class Timings(_message.Message):
     """From the first token to the last."""
     total_ms: _builtins.float
     """From the arrival of the request to its end."""
+    replica_first_token_ms: _builtins.float
+    """From the turn's arrival at its decode replica to the first token there: the rest of first_token_ms is the way."""
     def __init__(
         self,
         *,
@@ -661,10 +664,11 @@ class Timings(_message.Message):
         first_token_ms: _builtins.float = ...,
         decode_ms: _builtins.float = ...,
         total_ms: _builtins.float = ...,
+        replica_first_token_ms: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_ms", b"decode_ms", "first_token_ms", b"first_token_ms", "prefill_ms", b"prefill_ms", "queue_ms", b"queue_ms", "route_ms", b"route_ms", "session_ms", b"session_ms", "tokenize_ms", b"tokenize_ms", "total_ms", b"total_ms", "transfer_bytes", b"transfer_bytes", "transfer_ms", b"transfer_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_ms", b"decode_ms", "first_token_ms", b"first_token_ms", "prefill_ms", b"prefill_ms", "queue_ms", b"queue_ms", "replica_first_token_ms", b"replica_first_token_ms", "route_ms", b"route_ms", "session_ms", b"session_ms", "tokenize_ms", b"tokenize_ms", "total_ms", b"total_ms", "transfer_bytes", b"transfer_bytes", "transfer_ms", b"transfer_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
