@@ -6,6 +6,7 @@ Environment variables override: ANTIPHON__GATEWAY__PORT=9001 sets gateway.port.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -255,6 +256,69 @@ class TokenizerSettings(_Section):
     num_replicas: PositiveInt = Field(default=1, description="Replicas.")
 
 
+class ReplicaBounds(_Section):
+    """How many replicas of a deployment there may be."""
+
+    min: PositiveInt = Field(default=1, description="Fewest replicas.")
+    max: PositiveInt = Field(default=1, description="Most replicas.")
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> Self:
+        if self.min > self.max:
+            raise ValueError("min must not exceed max")
+        return self
+
+
+class AutoscalingSettings(_Section):
+    """How many replicas there are, by load. Off: each deployment's num_replicas, for good."""
+
+    enabled: bool = Field(
+        default=False, description="Follow the load; num_replicas is what it starts with. Needs Serve's policy set too."
+    )
+    policy: Literal["load", "requests"] = Field(
+        default="load",
+        description="load: queue, KV blocks and speed decide. requests: Serve's own count of calls, to compare with.",
+    )
+    gateway: ReplicaBounds = ReplicaBounds()
+    tokenizer: ReplicaBounds = ReplicaBounds()
+    prefill: ReplicaBounds = ReplicaBounds()
+    decode: ReplicaBounds = ReplicaBounds()
+    interval_s: Seconds = Field(default=1.0, description="Time between two decisions, in seconds.")
+    target_queue_s: Seconds = Field(
+        default=1.0, description="Longest that waiting prompt tokens may take at the measured speed, in seconds."
+    )
+    max_prefill_busy: Fraction = Field(default=0.8, description="Part of the time that prefill replicas may compute.")
+    target_inter_token_s: Seconds = Field(
+        default=0.05, description="Time between two tokens of a reply that decode aims at, in seconds."
+    )
+    max_kv_usage: Fraction = Field(default=0.8, description="Part of the KV blocks that running turns may use.")
+    max_cpu: Fraction = Field(default=0.7, description="Part of one core that a gateway or tokenizer replica may use.")
+    max_turns: PositiveInt = Field(default=256, description="Turns, or calls of a tokenizer, at once in one replica.")
+    min_prefill_per_decode: float = Field(default=0.0, ge=0, description="Least prefill replicas a decode replica.")
+    max_prefill_per_decode: float = Field(default=8.0, gt=0, description="Most prefill replicas a decode replica.")
+    up_window_s: float = Field(
+        default=0.0, ge=0, description="More replicas only if wanted for so long, in seconds. 0: at the first sight."
+    )
+    down_window_s: Seconds = Field(
+        default=300.0, description="Fewer replicas only if enough for so long, and so long after a change, in seconds."
+    )
+    down_margin: Fraction = Field(
+        default=0.7, description="Part of their targets that the replicas left over may be loaded to."
+    )
+    session_keep_s: Seconds = Field(
+        default=600.0, description="KV of a session without a turn for longer is not worth keeping, in seconds."
+    )
+
+    @model_validator(mode="after")
+    def _ratio_can_be_kept(self) -> Self:
+        least, most = self.min_prefill_per_decode, self.max_prefill_per_decode
+        for num_decode in range(self.decode.min, self.decode.max + 1):
+            fewest = max(self.prefill.min, math.ceil(least * num_decode))
+            if fewest <= min(self.prefill.max, math.floor(most * num_decode)):
+                return self
+        raise ValueError("no number of prefill and decode replicas within their bounds keeps the ratio")
+
+
 class TelemetrySettings(_Section):
     """Logs and metrics."""
 
@@ -279,7 +343,17 @@ class Settings(_Section):
     sessions: SessionSettings = SessionSettings()
     routing: RoutingSettings = RoutingSettings()
     transfer: TransferSettings = TransferSettings()
+    autoscaling: AutoscalingSettings = AutoscalingSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
+
+    @model_validator(mode="after")
+    def _starts_within_bounds(self) -> Self:
+        if self.autoscaling.enabled:
+            for name in ("gateway", "tokenizer", "prefill", "decode"):
+                bounds, number = getattr(self.autoscaling, name), getattr(self, name).num_replicas
+                if not bounds.min <= number <= bounds.max:
+                    raise ValueError(f"{name}.num_replicas must be within autoscaling.{name}")
+        return self
 
     @classmethod
     def from_yaml(cls, path: Path | str, environment: Mapping[str, str] | None = None) -> Self:
