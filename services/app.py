@@ -14,6 +14,7 @@ import os
 import secrets
 import shutil
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ import ray
 from ray import serve
 
 from services.common.errors import InvalidSettings, Unavailable
-from services.common.settings import DecodeSettings, PrefillSettings, Settings
+from services.common.settings import DecodeSettings, GatewaySettings, PrefillSettings, Settings, TokenizerSettings
 from services.decode.deployment import DecodeDeployment
 from services.engine.hub import resolve_model
 from services.gateway.deployment import GatewayDeployment
@@ -61,19 +62,18 @@ def build_app(settings: Settings) -> serve.Application:
     check_environment(os.environ)
     if settings.sessions.store == "embedded" or settings.sessions.secret_file is None:
         raise InvalidSettings("sessions: a store that all replicas reach and a secret_file are needed")
-    if settings.gateway.num_replicas > 1 and settings.gateway.port and not settings.gateway.reuse_port:
-        raise InvalidSettings("gateway: several replicas need reuse_port, or port 0")
+    gateways = settings.gateway
+    if gateways.num_replicas > 1 and gateways.port and not (gateways.reuse_port or gateways.resources):
+        raise InvalidSettings("gateway: several replicas need reuse_port, port 0, or resources that keep them apart")
     prefill = None
     if settings.prefill.enabled:
         prefill = _scaled(PrefillDeployment, **_worker_options(settings.prefill)).bind(settings)
     decode = _scaled(DecodeDeployment, **_worker_options(settings.decode)).bind(settings, prefill)
-    helper: dict[str, Any] = {"ray_actor_options": {"num_cpus": _HELPER_CPUS}}
-    tokenizer = _scaled(TokenizerDeployment, num_replicas=settings.tokenizer.num_replicas, **helper).bind(settings)
+    tokenizer = _scaled(TokenizerDeployment, **_helper_options(settings.tokenizer)).bind(settings)
     gateway = _scaled(
         GatewayDeployment,
-        num_replicas=settings.gateway.num_replicas,
-        graceful_shutdown_timeout_s=settings.gateway.drain_timeout_s + 5,
-        **helper,
+        graceful_shutdown_timeout_s=gateways.drain_timeout_s + 5,
+        **_helper_options(gateways),
     )
     graph: serve.Application = gateway.bind(settings, tokenizer, decode)
     return graph
@@ -124,6 +124,7 @@ def local_ray(settings: Settings) -> Iterator[None]:
         ray.init(
             address="local",
             num_cpus=max(os.cpu_count() or 1, math.ceil(_cpus_needed(settings))),
+            resources=_resources_needed(settings),
             object_store_memory=OBJECT_STORE_BYTES,
             include_dashboard=False,
             log_to_driver=False,
@@ -179,7 +180,18 @@ def _worker_options(settings: PrefillSettings | DecodeSettings) -> dict[str, Any
     return {
         "num_replicas": settings.num_replicas,
         "max_ongoing_requests": settings.max_concurrent,
-        "ray_actor_options": {"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus},
+        "ray_actor_options": {
+            "num_cpus": settings.num_cpus,
+            "num_gpus": settings.num_gpus,
+            "resources": settings.resources,
+        },
+    }
+
+
+def _helper_options(settings: GatewaySettings | TokenizerSettings) -> dict[str, Any]:
+    return {
+        "num_replicas": settings.num_replicas,
+        "ray_actor_options": {"num_cpus": _HELPER_CPUS, "resources": settings.resources},
     }
 
 
@@ -188,6 +200,15 @@ def _cpus_needed(settings: Settings) -> float:
     if settings.prefill.enabled:
         workers += settings.prefill.num_replicas * settings.prefill.num_cpus
     return workers + _HELPER_CPUS * (settings.gateway.num_replicas + settings.tokenizer.num_replicas)
+
+
+def _resources_needed(settings: Settings) -> dict[str, float]:
+    """The one machine of a local Ray offers whatever the replicas are placed by."""
+    needed: dict[str, float] = defaultdict(float)
+    for section in (settings.gateway, settings.tokenizer, settings.prefill, settings.decode):
+        for name, amount in section.resources.items():
+            needed[name] += amount * section.num_replicas
+    return needed
 
 
 def _replicas_in_words(settings: Settings) -> str:

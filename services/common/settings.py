@@ -24,10 +24,18 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 PositiveInt = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
+Amount = Annotated[float, Field(gt=0)]
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+
+class _PlacedSettings(_Section):
+    resources: dict[str, Amount] = Field(
+        default={},
+        description="Ray resources that one replica takes besides CPUs and GPUs: it runs only where they are offered.",
+    )
 
 
 class ModelSettings(_Section):
@@ -96,7 +104,7 @@ class TlsSettings(_Section):
     )
 
 
-class GatewaySettings(_Section):
+class GatewaySettings(_PlacedSettings):
     """The gRPC server that clients speak to."""
 
     host: str = Field(default="127.0.0.1", description="Address it listens on. Loopback unless said otherwise.")
@@ -220,7 +228,7 @@ class TransferSettings(_Section):
     )
 
 
-class _WorkerSettings(_Section):
+class _WorkerSettings(_PlacedSettings):
     num_replicas: PositiveInt = Field(default=1, description="Replicas.")
     num_gpus: float = Field(
         default=0.0, ge=0, description="GPUs of one replica; a half shares one with another replica."
@@ -238,7 +246,10 @@ class PrefillSettings(_WorkerSettings):
 class DecodeSettings(_WorkerSettings):
     """The decode deployment."""
 
-    host: str = Field(default="127.0.0.1", description="Address its gRPC server listens on, for gateways.")
+    host: str = Field(
+        default="127.0.0.1",
+        description="Address its gRPC server listens on, for gateways. node: the one that Ray knows the machine by.",
+    )
     remote_prefill: Literal["auto", "always", "never"] = Field(
         default="auto", description="Whether prefill replicas compute what is missing. auto: measured rates decide."
     )
@@ -250,7 +261,7 @@ class DecodeSettings(_WorkerSettings):
     )
 
 
-class TokenizerSettings(_Section):
+class TokenizerSettings(_PlacedSettings):
     """The tokenizer deployment."""
 
     num_replicas: PositiveInt = Field(default=1, description="Replicas.")
@@ -326,8 +337,10 @@ class TelemetrySettings(_Section):
         default="INFO", description="Least level that is logged."
     )
     metrics_host: str = Field(default="127.0.0.1", description="Address of each process's /metrics.")
-    metrics_port: Port = Field(
-        default=0, description="Port of the gateway's /metrics; other processes and 0: any free one."
+    metrics_port: Port = Field(default=0, description="Port of the gateway's /metrics. 0: any free one.")
+    replica_metrics_port: Port = Field(
+        default=0,
+        description="Port of a prefill or decode replica's /metrics, if each has a host to itself. 0: any free one.",
     )
 
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import ray.util
 from ray import serve
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
@@ -66,7 +67,8 @@ class DecodeDeployment:
             metrics=runtime.metrics,
             on_change=runtime.changed,
         )
-        self._server = DecodeServer(worker, identity.incarnation, settings.decode.host, settings.decode.max_concurrent)
+        host = _reachable_host(settings.decode)
+        self._server = DecodeServer(worker, identity.incarnation, host, settings.decode.max_concurrent)
         await self._server.start()
         await runtime.register(self._server.address, fleet.refresh if fleet is not None else None)
 
@@ -166,6 +168,11 @@ class PrefillHandle:
                 raise Exhausted("no prefill replica takes calls now") from error
             raise
         return result
+
+
+def _reachable_host(settings: DecodeSettings) -> str:
+    """Only on the machine itself is known by which address the others reach it."""
+    return str(ray.util.get_node_ip_address()) if settings.host == "node" else settings.host  # type: ignore[no-untyped-call]
 
 
 def _decode_settings(settings: Settings) -> DecodeSettings:

@@ -69,7 +69,8 @@ class ReplicaRuntime:
             stack.push_async_callback(redis.aclose)
             registry = ReplicaRegistry(redis, keyspace_of(settings.sessions))
             metrics = Metrics(role.value, settings.model.served_name or Path(settings.model.path).name)
-            metrics_server = MetricsServer(metrics, settings.telemetry.metrics_host, 0)
+            telemetry = settings.telemetry
+            metrics_server = MetricsServer(metrics, telemetry.metrics_host, telemetry.replica_metrics_port)
             stack.callback(metrics_server.close)
             engine = await asyncio.to_thread(_load, settings)
             loop = EngineLoop(engine)
