@@ -324,8 +324,8 @@ class AutoscalingSettings(_Section):
     def _ratio_can_be_kept(self) -> Self:
         least, most = self.min_prefill_per_decode, self.max_prefill_per_decode
         for num_decode in range(self.decode.min, self.decode.max + 1):
-            fewest = max(self.prefill.min, math.ceil(least * num_decode))
-            if fewest <= min(self.prefill.max, math.floor(most * num_decode)):
+            fewest = max(self.prefill.min, math.ceil(least * num_decode - 1e-9))
+            if fewest <= min(self.prefill.max, math.floor(most * num_decode + 1e-9)):
                 return self
         raise ValueError("no number of prefill and decode replicas within their bounds keeps the ratio")
 

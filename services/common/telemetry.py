@@ -19,7 +19,7 @@ from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
-LOG_FIELDS = ("request_id", "trace_id", "session", "turn", "role", "replica", "duration_ms", "reason")
+LOG_FIELDS = ("request_id", "trace_id", "session", "turn", "role", "replica", "duration_ms", "reason", "details")
 
 _LATENCY_S = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
