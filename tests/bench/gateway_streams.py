@@ -1,4 +1,4 @@
-"""How many tokens a second one gateway process streams to 64 clients, the engine replaced by a server of made-up tokens.
+"""How many tokens a second one gateway process streams to 64 clients. The engine is a server of made-up tokens.
 
 Three processes: the stub of a decode replica, the gateway (its own server, pipeline and session store), the clients.
 Only here is anything stubbed: what is measured is the gateway.

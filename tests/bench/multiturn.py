@@ -67,6 +67,10 @@ def main() -> None:
     print(table(results))
 
 
+def _commit() -> str:
+    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+
+
 def reuse(quick: bool) -> Results:
     """The same conversations, one at a time, on three clusters."""
     load = Load(2 if quick else 4, 3 if quick else 5, 1, HISTORY_TOKENS, 100, 32)
@@ -184,7 +188,7 @@ def table(results: Results) -> str:
     """The README's."""
     lines = ["| | measured | target |", "|---|---|---|"]
     if "reuse" in results:
-        rows = results["reuse"]
+        rows = {name: row for name, row in results["reuse"].items() if name != "load_average"}
         off = rows["reuse off"]["ttft_ms_later_turns"]["p50"]
         texts = [
             f"{name} {row['ttft_ms_later_turns']['p50']:.0f} ms" for name, row in rows.items() if name != "load_average"
@@ -205,9 +209,10 @@ def table(results: Results) -> str:
         ]
     if "isolation" in results:
         apart, together = (results["isolation"][name] for name in ("prefill apart", "prefill and decode together"))
+        idle_ms, busy_ms = (apart["itl_ms"][name]["p99"] for name in ("idle", "prompts arrive"))
         lines.append(
-            f"| gap between tokens, p99, while 1,000-token prompts arrive: {apart['itl_ms']['prompts arrive']['p99']:.0f}"
-            f" ms, idle {apart['itl_ms']['idle']['p99']:.0f} ms | {apart['p99_ratio']:.2f} times"
+            f"| gap between tokens, p99, while 1,000-token prompts arrive: {busy_ms:.0f} ms, idle {idle_ms:.0f} ms | "
+            f"{apart['p99_ratio']:.2f} times"
             f" ({together['p99_ratio']:.2f} on one replica) | ≤ 2 times |"
         )
     if "handover" in results:

@@ -13,15 +13,17 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from services.client import AsyncClient, AsyncSession
 from services.common.messages import Delta, Finished, SamplingParams, Started
 
 _WORDS = (
-    "fox lantern river bell ferry garden whale story winter bridge forest window paper morning stone village music "
-    "horse tower candle island letter market orange silver thunder valley wagon yellow apple basket castle"
-).split()
+    "fox", "lantern", "river", "bell", "ferry", "garden", "whale", "story", "winter", "bridge", "forest", "window",
+    "paper", "morning", "stone", "village", "music", "horse", "tower", "candle", "island", "letter", "market",
+    "orange", "silver", "thunder", "valley", "wagon", "yellow", "apple", "basket", "castle",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ async def one_turn(client: AsyncClient | AsyncSession, given: Any, sampling: Sam
         else:
             ended_s = time.perf_counter()
             assert started is not None
-            gaps = tuple((after - before) * 1e3 for before, after in zip(arrivals, arrivals[1:], strict=False))
+            gaps = tuple((after - before) * 1e3 for before, after in pairwise(arrivals))
             ttft_ms = (arrivals[0] - began_s) * 1e3
             return TurnSample(number, ttft_ms, gaps, (ended_s - began_s) * 1e3, started, event)
     raise AssertionError("a turn ended without saying so")
