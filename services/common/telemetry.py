@@ -66,6 +66,7 @@ METRICS: tuple[MetricSpec, ...] = (
     MetricSpec(Counter, "affinity_hits", "Later turns that went to a holder of their history"),
     MetricSpec(Counter, "affinity_misses", "Later turns that did not"),
     MetricSpec(Counter, "migrations", "Turns that went on at another replica", ("from", "outcome")),
+    MetricSpec(Counter, "session_handovers", "Idle sessions of a replica that stopped, by outcome", ("outcome",)),
     MetricSpec(Counter, "fence_rejections", "Writes refused because their lease had been overtaken"),
     MetricSpec(Gauge, "sessions_active", "Sessions with a turn running"),
     MetricSpec(Gauge, "redis_up", "1 while the store of sessions answers"),

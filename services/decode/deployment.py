@@ -6,30 +6,45 @@ Its handle carries what holds references to KV blocks (history for other replica
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import ray.util
 from ray import serve
-from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
 
 from services.common.errors import AntiphonError, Exhausted, Unavailable
 from services.common.messages import ModelInfo
 from services.common.settings import DecodeSettings, Settings
 from services.common.telemetry import configure_logging
+from services.decode.held_sessions import HeldSessions
 from services.decode.server import DecodeServer
+from services.decode.succession import Adoption, Estate, Heir, Prefix, choose_successor
 from services.decode.turn import EngineFacts
 from services.decode.worker import DecodeWorker
-from services.replica.deployment import HistoryHandle, next_item, rdt_transfer, replica_stream
+from services.replica.deployment import (
+    HistoryHandle,
+    next_item,
+    pin_of,
+    rdt_transfer,
+    replica_call,
+    replica_stream,
+)
 from services.replica.handover import HistoryOffer, HistoryRequest, PrefillLoad, PrefillRequest, PrefillResult
 from services.replica.runtime import ReplicaRuntime, new_identity
-from services.sessions.registry import ReplicaRegistry, Role
+from services.sessions.registry import ReplicaRecord, ReplicaRegistry, Role
+from services.transfer.base import Identity
+
+log = logging.getLogger(__name__)
 
 _DRAIN_S = 30.0
+_HAND_OVER_S = 20.0
+_CALL_S = 2.0  # of a call to another replica, besides its work
 # While all prefill replicas are full or starting a call waits in Serve's queue; computing here is better then.
 _ACCEPT_TIMEOUT_S = 2.0
 
@@ -57,6 +72,7 @@ class DecodeDeployment:
             if prefill is None
             else PrefillHandle(prefill, runtime.registry, engine.layout.fingerprint, settings.sessions.registry_ttl_s)
         )
+        held = HeldSessions(settings.autoscaling.session_keep_s, engine.pool.num_blocks * engine.layout.block_size)
         worker = DecodeWorker(
             runtime.loop,
             runtime.exchange,
@@ -65,12 +81,20 @@ class DecodeDeployment:
             peers=HistoryHandle(lambda: serve.get_deployment_handle("decode"), settings.transfer.fetch_timeout_s),
             prefill=fleet,
             metrics=runtime.metrics,
+            held=held,
             on_change=runtime.changed,
         )
+        self._heir = Heir(runtime.loop, runtime.exchange, held, runtime.metrics)
+        successors = SuccessorHandle(lambda: serve.get_deployment_handle("decode"), settings.transfer.fetch_timeout_s)
+        self._estate = Estate(runtime.exchange, held, successors)
         host = _reachable_host(settings.decode)
         self._server = DecodeServer(worker, identity.incarnation, host, settings.decode.max_concurrent)
         await self._server.start()
-        await runtime.register(self._server.address, fleet.refresh if fleet is not None else None)
+        await runtime.register(
+            self._server.address,
+            fleet.refresh if fleet is not None else None,
+            lambda record: _with_sessions(record, held, self._heir),
+        )
 
     async def history(self, request: HistoryRequest) -> AsyncIterator[HistoryOffer | AntiphonError]:
         """The blocks that are asked for, as far as they are held here; lent until the caller ends the stream."""
@@ -82,6 +106,21 @@ class DecodeDeployment:
                     await asyncio.sleep(transfer.lease_ttl_s + transfer.fetch_timeout_s)
         except AntiphonError as error:
             yield error
+
+    async def inherit(self, successor: Identity, incarnations: tuple[str, ...]) -> bool:
+        """See SuccessorClient. The registry knows of it when this returns."""
+        is_meant = self._heir.inherit(successor, incarnations)
+        if is_meant:
+            await self._runtime.report()
+        return is_meant
+
+    async def num_held(self, prefix: Prefix) -> int:
+        """See SuccessorClient."""
+        return await self._heir.num_held(prefix)
+
+    async def adopt(self, adoption: Adoption) -> bool:
+        """See SuccessorClient."""
+        return await self._heir.adopt(adoption)
 
     async def model_info(self) -> ModelInfo:
         """The model that is served."""
@@ -107,12 +146,55 @@ class DecodeDeployment:
         self._runtime.check_health()
 
     async def __del__(self) -> None:
-        """Drains: no new turns, running ones end within half a minute."""
+        """Drains: no new turns, running ones end within half a minute, idle sessions go to another replica."""
         if hasattr(self, "_server"):
             await self._runtime.drain()
             await self._server.stop(_DRAIN_S)
+            await self._hand_over()
         if hasattr(self, "_runtime"):
             await self._runtime.stop()
+
+    async def _hand_over(self) -> None:
+        """Whatever fails here costs the sessions their KV, and not the replica its end."""
+        runtime, identity = self._runtime, self._runtime.exchange.identity
+        # Where all of them stop, the others have said so within a heartbeat.
+        await asyncio.sleep(self._settings.sessions.heartbeat_s if self._estate.num_sessions else 0)
+        try:
+            records = await runtime.registry.list(Role.DECODE)
+        except Unavailable:
+            return
+        successor = choose_successor(records, identity, runtime.engine.layout.fingerprint)
+        if successor is None or not self._estate.num_sessions:
+            return
+        done = await self._estate.hand_over(successor, self._heir.inherits, _HAND_OVER_S)
+        log.info("sessions handed over", extra={"details": asdict(done)})
+
+
+class SuccessorHandle:
+    """Implements SuccessorClient over the handle of the decode deployment (get_handle: called at the first use)."""
+
+    def __init__(self, get_handle: Callable[[], DeploymentHandle[Any]], fetch_timeout_s: float) -> None:
+        self._get_handle = get_handle
+        self._fetch_timeout_s = fetch_timeout_s
+
+    async def inherit(self, successor: Identity, incarnations: tuple[str, ...]) -> bool:
+        """See SuccessorClient."""
+        return bool(await self._call(successor, "inherit", successor, incarnations))
+
+    async def num_held(self, successor: Identity, prefix: Prefix) -> int:
+        """See SuccessorClient."""
+        return int(await self._call(successor, "num_held", prefix))
+
+    async def adopt(self, adoption: Adoption) -> bool:
+        """See SuccessorClient."""
+        return bool(await self._call(adoption.successor, "adopt", adoption))
+
+    async def _call(self, successor: Identity, method: str, *args: object) -> Any:
+        pin = pin_of(successor.replica_id)
+        handle = self._get_handle().options(method_name=method, session_id=pin, _by_reference=True)
+        response = handle.remote(*args)
+        assert isinstance(response, DeploymentResponse)
+        return await replica_call(response, self._fetch_timeout_s + _CALL_S)
 
 
 class PrefillHandle:
@@ -173,6 +255,13 @@ class PrefillHandle:
 def _reachable_host(settings: DecodeSettings) -> str:
     """Only on the machine itself is known by which address the others reach it."""
     return str(ray.util.get_node_ip_address()) if settings.host == "node" else settings.host  # type: ignore[no-untyped-call]
+
+
+def _with_sessions(record: ReplicaRecord, held: HeldSessions, heir: Heir) -> ReplicaRecord:
+    # What the pool has evicted since is not worth keeping any more.
+    num_blocks = min(held.num_blocks(record.block_size), record.num_evictable_blocks)
+    num_sessions = len(held) if num_blocks else 0
+    return replace(record, num_idle_sessions=num_sessions, num_session_blocks=num_blocks, inherits=heir.inherits)
 
 
 def _decode_settings(settings: Settings) -> DecodeSettings:

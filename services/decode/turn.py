@@ -114,7 +114,8 @@ class PrefilledToken:
 class TurnRecord:
     """What a turn has come to so far. replica: the name of this one.
 
-    next_token_ids: reply tokens that came with the prompt from a prefill replica (one or none). num_local_tokens and
+    next_token_ids: reply tokens that came with the prompt from a prefill replica (one or none). new_token_ids: of the
+    reply, all that came after the resumed ones. num_local_tokens and
     num_fetched_tokens: of the prompt, held here and fetched from `fetched_from`.
     """
 
@@ -129,6 +130,7 @@ class TurnRecord:
         self.prefilled: PrefilledToken | None = None
         self.has_prefilled_blocks = False
         self.next_token_ids: tuple[int, ...] = ()
+        self.new_token_ids: list[int] = []
         self.num_generated_tokens = len(request.resumed_token_ids)
         self._timings = Timings()
         self._arrived_s = time.perf_counter()
@@ -205,6 +207,7 @@ class TurnRecord:
         self._first_token_s = self._first_token_s or self._last_token_s
         chunk = TokenChunk(self.num_generated_tokens, token_ids, logprobs, prompt_logprobs)
         self.num_generated_tokens += len(token_ids)
+        self.new_token_ids += token_ids
         return chunk
 
     def _moved(self, total_ms: float, num_bytes: int) -> None:

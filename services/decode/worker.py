@@ -15,6 +15,7 @@ from services.common.errors import InvalidRequest, PromptTooLong, QueueFull, Sta
 from services.common.messages import FinishReason
 from services.common.settings import DecodeSettings
 from services.common.telemetry import Metrics
+from services.decode.held_sessions import HeldSessions
 from services.decode.obtain import Obtainer
 from services.decode.turn import (
     Admitted,
@@ -38,8 +39,8 @@ _MAX_FENCES = 100_000
 class DecodeWorker:
     """One engine that answers turns.
 
-    peers: reaches replicas that hold history; prefill: None without such replicas. on_change: called when a turn has
-    come or gone.
+    peers: reaches replicas that hold history; prefill: None without such replicas. held: is told which sessions' KV
+    stays here. on_change: called when a turn has come or gone.
     """
 
     def __init__(
@@ -52,8 +53,10 @@ class DecodeWorker:
         peers: HistoryClient,
         prefill: PrefillClient | None,
         metrics: Metrics,
+        held: HeldSessions,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
+        self._held = held
         self._on_change = on_change
         self._loop = loop
         self._exchange = exchange
@@ -88,6 +91,7 @@ class DecodeWorker:
         finally:
             if turn.reservation is not None:
                 self._exchange.give_back(turn.reservation)
+            self._note_held(turn)
             self._on_change()
 
     # Before any work.
@@ -148,11 +152,21 @@ class DecodeWorker:
                 if output.finish_reason is not None:
                     yield self._finished(turn, output.finish_reason)
 
+    def _num_findable(self, turn: Turn) -> int:
+        """Leading tokens of prompt and reply that stay findable here: full blocks, and the last token has no KV yet."""
+        size = self._exchange.block_size
+        num_computed = len(turn.request.prompt_token_ids) + turn.record.num_generated_tokens - 1
+        return num_computed // size * size if self._settings.reuse_history else 0
+
+    def _note_held(self, turn: Turn) -> None:
+        """However the turn has ended: a client that has enough of a reply may come again too."""
+        request, record = turn.request, turn.record
+        if request.session_digest and record.has_first_token:
+            token_ids = (*request.token_ids, *record.new_token_ids)[: self._num_findable(turn)]
+            self._held.ended(request.session_digest, token_ids, turn.salt)
+
     def _finished(self, turn: Turn, reason: FinishReason) -> DecodeFinished:
-        record, size = turn.record, self._exchange.block_size
-        num_computed = len(turn.request.prompt_token_ids) + record.num_generated_tokens - 1
-        num_findable = num_computed // size * size if self._settings.reuse_history else 0
-        finished = record.finished(reason, num_findable)
+        finished = turn.record.finished(reason, self._num_findable(turn))
         self._count(finished)
         self._on_change()  # before the caller hears of it and comes again
         return finished

@@ -43,6 +43,11 @@ class BlockPool:
         return len(self._free) + len(self._cached)
 
     @property
+    def num_evictable_blocks(self) -> int:
+        """Free blocks that can be found by hash, until they are evicted."""
+        return len(self._cached)
+
+    @property
     def num_cached_blocks(self) -> int:
         """Blocks that can be found by hash, referenced or not."""
         return len(self._block_of)

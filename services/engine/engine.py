@@ -68,7 +68,11 @@ class EngineOutput:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Load and speed now. Rates are moving averages in tokens a second, None until measured."""
+    """Load and speed now. Rates are moving averages in tokens a second, None until measured.
+
+    num_prefilled_tokens: computed as prompts since the start. num_evictable_blocks: of the free ones, those that hold
+    something that could be found.
+    """
 
     num_blocks: int
     num_free_blocks: int
@@ -78,6 +82,8 @@ class EngineStats:
     num_preemptions: int
     prefill_tokens_per_s: float | None
     decode_tokens_per_s: float | None
+    num_prefilled_tokens: int = 0
+    num_evictable_blocks: int = 0
 
 
 @dataclass(slots=True)
@@ -301,6 +307,7 @@ class Engine:
             pool.num_blocks, pool.num_free_blocks, scheduler.num_running, scheduler.num_waiting,
             scheduler.num_waiting_tokens, scheduler.num_preemptions,
             self._rates.prefill_tokens_per_s, self._rates.decode_tokens_per_s,
+            self._rates.num_prefilled_tokens, pool.num_evictable_blocks,
         )  # fmt: skip
 
     def check_integrity(self, tables_held_outside: Iterable[ListLike[int]] = ()) -> None:

@@ -56,7 +56,7 @@ class RoutingQuestion:
 
 @dataclass(frozen=True, slots=True)
 class LiveHolder:
-    """A holder whose very process is registered. address: of its DecodeService."""
+    """A holder whose very process is registered, or its heir in its place. address: of its DecodeService."""
 
     holder: Holder
     address: str
@@ -136,14 +136,21 @@ def choose(
 
 
 def live_holders(holders: Sequence[Holder], records: Sequence[ReplicaRecord]) -> tuple[LiveHolder, ...]:
-    """The holders whose very process is registered, longest prefix first."""
-    addresses = {(record.replica_id, record.incarnation): record.address for record in records}
-    living = (
-        LiveHolder(holder, addresses[(holder.replica_id, holder.incarnation)])
-        for holder in holders
-        if (holder.replica_id, holder.incarnation) in addresses
-    )
-    return tuple(sorted(living, key=lambda each: (-each.holder.num_computed_tokens, each.holder.replica_id)))
+    """The holders whose very process is registered, or their heirs, longest prefix first."""
+    by_process = {(record.replica_id, record.incarnation): record for record in records}
+    last_heirs_last = sorted(records, key=lambda record: not record.is_draining)
+    heirs = {incarnation: record for record in last_heirs_last for incarnation in record.inherits}
+    living: dict[str, LiveHolder] = {}
+    for holder in holders:
+        # A replica that drains hands over what it holds, and nobody reaches it any more.
+        record = heirs.get(holder.incarnation) or by_process.get((holder.replica_id, holder.incarnation))
+        if record is None:
+            continue
+        known = living.get(record.replica_id)
+        if known is None or known.holder.num_computed_tokens < holder.num_computed_tokens:
+            named = dataclasses.replace(holder, replica_id=record.replica_id, incarnation=record.incarnation)
+            living[record.replica_id] = LiveHolder(named, record.address)
+    return tuple(sorted(living.values(), key=lambda each: (-each.holder.num_computed_tokens, each.holder.replica_id)))
 
 
 def _why_not(record: ReplicaRecord, question: RoutingQuestion) -> str:

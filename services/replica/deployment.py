@@ -10,7 +10,7 @@ from typing import Any
 
 from ray.exceptions import RayError, TaskCancelledError
 from ray.serve.exceptions import RayServeException
-from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
 from services.common.errors import AntiphonError, Unavailable
@@ -63,12 +63,29 @@ class HistoryHandle:
         """See HistoryClient."""
         if self._handle is None:
             self._handle = self._get_handle()
-        name = serve_replica_id_of(request.holder.replica_id)
-        pin = f"{_PIN}{name}"
+        pin = pin_of(request.holder.replica_id)
         handle = self._handle.options(stream=True, method_name="history", session_id=pin, _by_reference=True)
         async with replica_stream(handle, request) as responses:
             offer: HistoryOffer = await next_item(responses, self._timeout_s)
             yield offer
+
+
+def pin_of(replica_id: str) -> str:
+    """The session_id of a handle whose calls go to this replica (a name in the registry)."""
+    return f"{_PIN}{serve_replica_id_of(replica_id)}"
+
+
+async def replica_call(response: DeploymentResponse[Any], timeout_s: float) -> Any:
+    """What a replica answers. Raises Unavailable if it is lost, has failed or does not answer within timeout_s."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await response
+    except TimeoutError as error:
+        response.cancel()  # type: ignore[no-untyped-call]
+        raise Unavailable("a replica did not answer in time") from error
+    except (RayError, RayServeException, TaskCancelledError) as error:
+        log.warning("a call to a replica failed", extra={"reason": type(error).__name__})
+        raise Unavailable("a replica was lost or has failed") from error
 
 
 @asynccontextmanager

@@ -85,7 +85,7 @@ class BlockExchange:
     # Lending.
 
     async def publish(
-        self, block_ids: Sequence[int], first_token: int, num_tokens: int, receiver_block_ids: Sequence[int]
+        self, block_ids: Sequence[int], first_token: int, num_tokens: int, receiver_block_ids: Sequence[int] | None
     ) -> KVTicket:
         """Lends blocks that the caller has referenced; the references are given back when the lease ends.
 

@@ -56,6 +56,10 @@ class Heartbeat:
         self._record = replace(self._record, is_draining=True)
         await self._beat()
 
+    async def report(self) -> None:
+        """Reports now, and returns when it is known (or the store does not answer)."""
+        await self._beat()
+
     async def stop(self) -> None:
         """Forgets the replica at once."""
         if self._task is not None:
@@ -113,6 +117,8 @@ class Heartbeat:
             num_waiting_tokens=stats.num_waiting_tokens,
             prefill_tokens_per_s=stats.prefill_tokens_per_s,
             decode_tokens_per_s=stats.decode_tokens_per_s,
+            num_prefilled_tokens=stats.num_prefilled_tokens,
+            num_evictable_blocks=stats.num_evictable_blocks,
         )
         metrics = self._metrics
         metrics.set("num_requests_running", stats.num_running)

@@ -87,8 +87,16 @@ class ReplicaRuntime:
             stack.push_async_callback(exchange.close)
             return cls(settings, role, engine, loop, exchange, metrics, metrics_server.port, registry, stack.pop_all())
 
-    async def register(self, address: str = "", after_beat: Callable[[], Awaitable[None]] | None = None) -> None:
-        """Makes the replica known, and keeps its record current. address: of its gRPC server."""
+    async def register(
+        self,
+        address: str = "",
+        after_beat: Callable[[], Awaitable[None]] | None = None,
+        extend: Callable[[ReplicaRecord], ReplicaRecord] = lambda record: record,
+    ) -> None:
+        """Makes the replica known, and keeps its record current.
+
+        address: of its gRPC server. extend: adds what only the caller knows.
+        """
         engine, identity, sessions = self.engine, self.exchange.identity, self._settings.sessions
         record = ReplicaRecord(
             role=self._role,
@@ -102,6 +110,7 @@ class ReplicaRuntime:
             num_free_blocks=engine.pool.num_free_blocks,
             address=address,
             serve_replica_id=serve_replica_id_of(identity.replica_id),
+            block_bytes=engine.layout.bytes_per_token * engine.layout.block_size,
         )
         self._heartbeat = Heartbeat(
             self.registry,
@@ -110,7 +119,7 @@ class ReplicaRuntime:
             self.metrics,
             interval_s=sessions.heartbeat_s,
             ttl_s=sessions.registry_ttl_s,
-            extend=lambda each: replace(each, transfer_bytes_per_s=self.exchange.transfer_bytes_per_s),
+            extend=lambda each: extend(replace(each, transfer_bytes_per_s=self.exchange.transfer_bytes_per_s)),
             after_beat=after_beat,
         )
         await self._heartbeat.start()
@@ -119,6 +128,11 @@ class ReplicaRuntime:
         """The load is another now: the registry hears of it early."""
         if self._heartbeat is not None:
             self._heartbeat.changed()
+
+    async def report(self) -> None:
+        """The registry hears of a change before this returns."""
+        if self._heartbeat is not None:
+            await self._heartbeat.report()
 
     @property
     def metrics_address(self) -> str:

@@ -36,6 +36,9 @@ class ReplicaRecord:
     incarnation: of the process, one word; the next one holds nothing of what this one held. started_at_s: Unix time.
     address: host:port of its gRPC server; empty for prefill, which is called through Serve.
     model_fingerprint, layout_fingerprint: only replicas that agree in both can exchange blocks.
+    num_prefilled_tokens: computed as prompts since the start. num_evictable_blocks: free ones that hold something;
+    num_session_blocks: those of them that idle sessions will want again.
+    inherits: incarnations of replicas that have handed their sessions over to this one.
     """
 
     role: Role
@@ -57,6 +60,12 @@ class ReplicaRecord:
     decode_tokens_per_s: float | None = None
     transfer_bytes_per_s: float | None = None
     is_draining: bool = False
+    block_bytes: int = 0
+    num_prefilled_tokens: int = 0
+    num_evictable_blocks: int = 0
+    num_idle_sessions: int = 0
+    num_session_blocks: int = 0
+    inherits: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         assert self.incarnation.split() == [self.incarnation], "an incarnation is one word"
@@ -112,4 +121,5 @@ def _unpack(value: bytes) -> ReplicaRecord | None:
     if fields.pop("v") != SCHEMA_VERSION:
         return None
     fields["role"] = Role(fields["role"])
+    fields["inherits"] = tuple(fields.get("inherits", ()))
     return ReplicaRecord(**fields)

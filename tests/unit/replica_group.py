@@ -17,6 +17,7 @@ from services.common.errors import AntiphonError, TransferFailed, Unavailable
 from services.common.messages import SamplingParams
 from services.common.settings import DecodeSettings, EngineSettings, ModelSettings
 from services.common.telemetry import Metrics
+from services.decode.held_sessions import HeldSessions
 from services.decode.turn import Admitted, DecodeFinished, DecodeRequest, EngineFacts, HistoryHolder, TokenChunk
 from services.decode.worker import DecodeWorker
 from services.engine.engine import Engine, EngineRequest
@@ -183,6 +184,7 @@ class Group:
             peers=self.peers,
             prefill=self.prefill,
             metrics=replica.metrics,
+            held=HeldSessions(600.0, replica.engine.pool.num_blocks * BLOCK_SIZE),
         )
 
     async def turn(self, request: DecodeRequest, replica: Replica | None = None) -> Reply:
