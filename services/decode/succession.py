@@ -84,6 +84,7 @@ class Heir:
         self._exchange = exchange
         self._held = held
         self._metrics = metrics
+        self._one_at_a_time = asyncio.Lock()
         self.inherits: tuple[str, ...] = ()
 
     def inherit(self, successor: Identity, incarnations: tuple[str, ...]) -> bool:
@@ -100,10 +101,11 @@ class Heir:
 
     async def adopt(self, adoption: Adoption) -> bool:
         """See SuccessorClient."""
-        has_moved = adoption.successor == self._exchange.identity and await self._fetch(adoption)
+        async with self._one_at_a_time:  # so that the room that was seen is still there
+            has_moved = adoption.successor == self._exchange.identity and await self._fetch(adoption)
+            if has_moved:
+                self._held.ended(adoption.session_digest, adoption.prefix.token_ids, adoption.prefix.salt)
         self._metrics.increment("session_handovers", outcome="adopted" if has_moved else "refused")
-        if has_moved:
-            self._held.ended(adoption.session_digest, adoption.prefix.token_ids, adoption.prefix.salt)
         return has_moved
 
     async def _fetch(self, adoption: Adoption) -> bool:

@@ -173,6 +173,7 @@ class Group:
         worker = PrefillWorker(self.prefill_replica.loop, self.prefill_replica.exchange, self.peers)
         self.prefill = DirectPrefill(worker, self.prefill_replica)
         settings = DecodeSettings(**{"remote_prefill": "always", **decode_settings})
+        self.held = {each.identity.replica_id: HeldSessions(600.0, num_blocks * BLOCK_SIZE) for each in replicas[1:]}
         self.workers = {each.identity.replica_id: self._decode(each, settings) for each in replicas[1:]}
 
     def _decode(self, replica: Replica, settings: DecodeSettings) -> DecodeWorker:
@@ -184,7 +185,7 @@ class Group:
             peers=self.peers,
             prefill=self.prefill,
             metrics=replica.metrics,
-            held=HeldSessions(600.0, replica.engine.pool.num_blocks * BLOCK_SIZE),
+            held=self.held[replica.identity.replica_id],
         )
 
     async def turn(self, request: DecodeRequest, replica: Replica | None = None) -> Reply:

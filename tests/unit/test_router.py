@@ -57,6 +57,30 @@ def test_goes_to_the_holder_of_the_history() -> None:
     assert [candidate.num_held_tokens for candidate in route.decision.candidates] == [0, 900, 0]
 
 
+def test_the_heir_of_a_replica_that_stops_is_a_holder_in_its_place() -> None:
+    leaving = replica("a", is_draining=True)
+    heir = replica("b", inherits=("z-1", "a-1"))
+    for records in ([leaving, heir, replica("c")], [heir, replica("c")]):
+        route = choose(ask(1000, holder("a", 900)), records, COST)
+        assert route.decision.replica == "b"
+        assert route.decision.reason is RoutingReason.HELD_PREFIX
+        assert route.live_holders[0].holder == holder("b", 900)
+        assert len(route.live_holders) == 1
+
+
+def test_of_heirs_the_last_one_counts() -> None:
+    first = replica("b", inherits=("a-1",), is_draining=True)
+    last = replica("c", inherits=("a-1", "b-1"))
+    for records in ([first, last], [last, first]):
+        assert choose(ask(1000, holder("a", 900)), records, COST).live_holders[0].holder == holder("c", 900)
+
+
+def test_a_session_that_was_held_twice_is_held_once_by_the_heir() -> None:
+    heir = replica("b", inherits=("a-1",))
+    route = choose(ask(1000, holder("a", 900), holder("b", 400)), [heir], COST)
+    assert [each.holder for each in route.live_holders] == [holder("b", 900)]
+
+
 def test_the_longest_of_several_prefixes_wins() -> None:
     question = ask(1000, holder("a", 300), holder("b", 900))
     route = choose(question, [replica("a"), replica("b")], COST)
