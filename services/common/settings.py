@@ -89,6 +89,9 @@ class EngineSettings(_Section):
     prefix_caching: bool = Field(
         default=True, description="Reuse blocks of prompts seen before. Off: every turn is cold."
     )
+    cuda_graphs: bool = Field(
+        default=True, description="Capture decode steps as CUDA graphs when the model is loaded (GPU only)."
+    )
     num_threads: PositiveInt | None = Field(
         default=None, description="CPU threads of PyTorch. Not set: PyTorch's choice."
     )
@@ -284,11 +287,8 @@ class AutoscalingSettings(_Section):
     """How many replicas there are, by load. Off: each deployment's num_replicas, for good."""
 
     enabled: bool = Field(
-        default=False, description="Follow the load; num_replicas is what it starts with. Needs Serve's policy set too."
-    )
-    policy: Literal["load", "requests"] = Field(
-        default="load",
-        description="load: queue, KV blocks and speed decide. requests: Serve's own count of calls, to compare with.",
+        default=False,
+        description="Follow the load; num_replicas is the start. A Serve config needs its autoscaling_policy, too.",
     )
     gateway: ReplicaBounds = ReplicaBounds()
     tokenizer: ReplicaBounds = ReplicaBounds()

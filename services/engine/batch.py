@@ -25,31 +25,8 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
-class DecodeTables:
-    """A step of one token a sequence, for a kernel: block_tables int32 [B, max_blocks], context_lens int32 [B]."""
-
-    block_tables: Tensor
-    context_lens: Tensor
-    max_context_len: int
-
-    @classmethod
-    def of(cls, chunks: ListLike[Chunk], device: torch.device) -> DecodeTables:
-        longest = max(len(chunk.seq.block_table) for chunk in chunks)
-        tables = [chunk.seq.block_table + [0] * (longest - len(chunk.seq.block_table)) for chunk in chunks]
-        lens = [chunk.start + 1 for chunk in chunks]
-        return cls(
-            torch.tensor(tables, dtype=torch.int32, device=device),
-            torch.tensor(lens, dtype=torch.int32, device=device),
-            max(lens),
-        )
-
-
-@dataclass(frozen=True, slots=True)
 class Batch:
-    """token_ids, positions, blocks, offsets: int64 [T]. logits_rows: int64, the rows whose logits are wanted.
-
-    decode: on a GPU, if every chunk is one token.
-    """
+    """token_ids, positions, blocks, offsets: int64 [T]. logits_rows: int64, the rows whose logits are wanted."""
 
     token_ids: Tensor
     positions: Tensor
@@ -57,7 +34,6 @@ class Batch:
     offsets: Tensor
     spans: tuple[Span, ...]
     logits_rows: Tensor
-    decode: DecodeTables | None
 
     @classmethod
     def of(cls, chunks: ListLike[Chunk], block_size: int, device: torch.device) -> Batch:
@@ -80,7 +56,6 @@ class Batch:
                 logits_rows += range(row, row + chunk.num_tokens)
             elif chunk.samples:
                 logits_rows.append(row + chunk.num_tokens - 1)
-        is_decode = device.type == "cuda" and all(chunk.num_tokens == 1 for chunk in chunks)
         offsets = [position % block_size for position in positions]
 
         def as_tensor(values: list[int]) -> Tensor:
@@ -93,7 +68,6 @@ class Batch:
             as_tensor(offsets),
             tuple(spans),
             as_tensor(logits_rows),
-            DecodeTables.of(chunks, device) if is_decode else None,
         )
 
 

@@ -18,6 +18,7 @@ from services.common.errors import AntiphonError, InvalidRequest, NumericsError
 from services.common.messages import FinishReason, SamplingParams, TokenLogprobs
 from services.common.prefix_hash import PrefixHasher
 from services.engine.batch import wants_all_logits
+from services.engine.fused_runner import FusedRunner
 from services.engine.kv_cache import KVLayout
 from services.engine.rates import Rates
 from services.engine.runner import Runner
@@ -101,7 +102,12 @@ class Engine:
     """One model, one KV pool, many sequences."""
 
     def __init__(
-        self, runner: Runner, scheduler: Scheduler, eos_token_ids: Iterable[int], *, prefix_caching: bool = True
+        self,
+        runner: Runner | FusedRunner,
+        scheduler: Scheduler,
+        eos_token_ids: Iterable[int],
+        *,
+        prefix_caching: bool = True,
     ) -> None:
         self.config = runner.model.config
         self.layout: KVLayout = runner.cache.layout

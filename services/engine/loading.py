@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from pathlib import Path
 
 import torch
@@ -11,6 +13,7 @@ from services.common.settings import EngineSettings, ModelSettings
 from services.engine.block_pool import BlockPool
 from services.engine.config import ModelConfig
 from services.engine.engine import Engine
+from services.engine.fused_runner import FusedRunner
 from services.engine.hub import resolve_model
 from services.engine.kv_cache import KVCache, KVLayout
 from services.engine.layers import PackedWeight
@@ -18,6 +21,8 @@ from services.engine.model import DeepseekForCausalLM
 from services.engine.runner import Runner
 from services.engine.scheduler import Scheduler, SchedulerConfig
 from services.engine.weights import Progress, dummy_weights, load_weights
+
+log = logging.getLogger(__name__)
 
 _CPU_CACHE_BYTES = 256 * 2**20
 # Kept free on a GPU for activations and the libraries' workspaces.
@@ -49,7 +54,7 @@ def load_engine(
         ),
         BlockPool(cache.pool.shape[0], engine.block_size),
     )
-    runner = Runner(network, cache, max_seq_len, device)
+    runner = _runner(network, cache, max_seq_len, engine, device)
     eos = eos_token_ids or config.eos_token_ids
     return Engine(runner, scheduler, eos, prefix_caching=engine.prefix_caching)
 
@@ -82,6 +87,19 @@ def _network(
     if device.type == "cpu" and PackedWeight.is_available():
         network.pack()
     return network
+
+
+def _runner(
+    network: DeepseekForCausalLM, cache: KVCache, max_seq_len: int, engine: EngineSettings, device: torch.device
+) -> Runner | FusedRunner:
+    if device.type != "cuda" or cache.layout.cache_mode == "naive":
+        return Runner(network, cache, max_seq_len, device)
+    runner = FusedRunner(network, cache, max_seq_len, engine.max_num_sequences, device)
+    if engine.cuda_graphs:
+        started_s = time.perf_counter()
+        num_graphs = runner.capture_graphs()
+        log.info("captured %d CUDA graphs of decode steps in %.1f s", num_graphs, time.perf_counter() - started_s)
+    return runner
 
 
 def computes_fp8(device: torch.device) -> bool:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from services.engine.attention import Attention, LatentAttention, NaiveAttention
-from services.engine.attention_cuda import CudaLatentAttention
 from services.engine.batch import Batch
 from services.engine.kv_cache import KVCache
 from services.engine.model import DeepseekForCausalLM
@@ -24,7 +23,8 @@ class Runner:
         self.cache = cache
         self.device = device
         self._rotary = RotaryEmbedding(model.config, max_seq_len, device)
-        self._attention = _attention(model, cache, device)
+        is_naive = cache.layout.cache_mode == "naive"
+        self._attention: Attention = (NaiveAttention if is_naive else LatentAttention)(model.config, cache)
 
     @torch.inference_mode()
     def run(self, chunks: ListLike[Chunk]) -> Tensor:
@@ -32,9 +32,3 @@ class Runner:
         batch = Batch.of(chunks, self.cache.layout.block_size, self.device)
         logits: Tensor = self.model(batch, self._rotary, self._attention)
         return logits
-
-
-def _attention(model: DeepseekForCausalLM, cache: KVCache, device: torch.device) -> Attention:
-    if cache.layout.cache_mode == "naive":
-        return NaiveAttention(model.config, cache)
-    return (CudaLatentAttention if device.type == "cuda" else LatentAttention)(model.config, cache)

@@ -7,23 +7,49 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 
 def mla_prefill(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, cu_q: list[int], cu_k: list[int]
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    cu_q: list[int],
+    cu_k: list[int],
+    tiles: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of q [Tq, H, N + R] over k [Tk, H, N + R] and v [Tk, H, V], as [Tq, H, V] in q's dtype.
 
     Sequence i owns the queries cu_q[i]:cu_q[i + 1] and the keys cu_k[i]:cu_k[i + 1]. It has at least as many keys as
     queries; its queries are the last of its tokens: each sees the keys up to its own (the prefix was computed before).
+    tiles: `query_tiles`, on the device already; all layers of a step share them.
     """
     if q.is_cuda:
         from services.engine.kernels.mla_prefill_triton import mla_prefill_triton
 
-        return mla_prefill_triton(q, k, v, scale, cu_q, cu_k)
+        return mla_prefill_triton(q, k, v, scale, cu_q, cu_k, tiles)
     return mla_prefill_sdpa(q, k, v, scale, cu_q, cu_k)
+
+
+def queries_a_tile(dtype: torch.dtype) -> int:
+    """How many queries of one sequence the CUDA kernel takes at a time."""
+    return 16 if dtype == torch.float32 else 128
+
+
+def query_tiles(cu_q: list[int], cu_k: list[int], dtype: torch.dtype) -> np.ndarray:
+    """[tiles, 4] int32 by falling work: first query, end of queries, first key, last key that query i sees minus i."""
+    step = queries_a_tile(dtype)
+    tiles = []
+    for (q0, q1), (k0, k1) in zip(pairwise(cu_q), pairwise(cu_k), strict=True):
+        firsts = np.arange(q0, q1, step, dtype=np.int32)
+        ends, starts, shifts = (np.full_like(firsts, number) for number in (q1, k0, k1 - q1))
+        tiles.append(np.stack((firsts, ends, starts, shifts), axis=1))
+    rows = np.concatenate(tiles)
+    ordered: np.ndarray = rows[np.argsort(rows[:, 2] - rows[:, 0] - rows[:, 3], kind="stable")]
+    return ordered
 
 
 def mla_prefill_sdpa(

@@ -6,14 +6,14 @@ The tiles of all sequences are laid out on the host, those with the most keys fi
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from services.engine.kernels.mla_prefill import queries_a_tile, query_tiles
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Tile:
 
 def tile_for(dtype: torch.dtype) -> Tile:
     """The measured best on an H100."""
-    return Tile(16, 16, 4, 2) if dtype == torch.float32 else Tile(128, 64, 8, 3)
+    block_m = queries_a_tile(dtype)
+    return Tile(block_m, 16, 4, 2) if dtype == torch.float32 else Tile(block_m, 64, 8, 3)
 
 
 def mla_prefill_triton(
@@ -38,7 +39,7 @@ def mla_prefill_triton(
     scale: float,
     cu_q: list[int],
     cu_k: list[int],
-    tile: Tile | None = None,
+    tiles: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `mla_prefill`."""
     num_queries, num_heads, width = q.shape
@@ -46,13 +47,14 @@ def mla_prefill_triton(
     out = torch.empty(num_queries, num_heads, value_dim, dtype=q.dtype, device=q.device)
     if num_queries == 0:
         return out
-    tile = tile or tile_for(q.dtype)
+    tile = tile_for(q.dtype)
     q, k, v = (_addressable(part) for part in (q, k, v))
     # Both halves have a power of two of columns: 192 = 128 + 64.
     width_a = max(16, 1 << (width.bit_length() - 1))
     width_b = max(16, triton.next_power_of_2(width - width_a)) if width > width_a else 0
     value_pow2 = max(16, triton.next_power_of_2(value_dim))
-    tiles = _tiles(tuple(cu_q), tuple(cu_k), tile.block_m, q.device)
+    if tiles is None:
+        tiles = torch.from_numpy(query_tiles(cu_q, cu_k, q.dtype)).to(q.device)
     # Heads at a time: enough to fill the card twice; the fewer, the longer their keys stay in the L2 cache.
     num_sms = torch.cuda.get_device_properties(q.device).multi_processor_count
     heads_at_once = min(num_heads, triton.next_power_of_2(triton.cdiv(2 * num_sms, len(tiles))))
@@ -98,18 +100,6 @@ def _columns(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
     """[T, H, d] as [T, H * d], read `rows` x `columns` at a time; what lies beyond reads as zero."""
     num_columns = (x.shape[1] - 1) * x.stride(1) + x.shape[2]
     return TensorDescriptor(x, [x.shape[0], num_columns], [x.stride(0), 1], [rows, columns])
-
-
-# All layers of a step ask for the same tiles: one copy to the device instead of one a layer.
-@functools.lru_cache(maxsize=4)
-def _tiles(cu_q: tuple[int, ...], cu_k: tuple[int, ...], block_m: int, device: torch.device) -> torch.Tensor:
-    """[tiles, 4] int32 by falling work: first query, end of queries, first key, last key that query i sees minus i."""
-    tiles = []
-    for (q0, q1), (k0, k1) in zip(pairwise(cu_q), pairwise(cu_k), strict=True):
-        shift = k1 - q1
-        tiles += [(first, q1, k0, shift) for first in range(q0, q1, block_m)]
-    tiles.sort(key=lambda tile: tile[2] - tile[0] - tile[3])
-    return torch.tensor(tiles, dtype=torch.int32, device=device)
 
 
 @triton.jit

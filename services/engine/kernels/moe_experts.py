@@ -21,15 +21,18 @@ def moe_experts(
     gate_up_scale: torch.Tensor | None = None,
     down_scale: torch.Tensor | None = None,
     round_scales_to_power_of_two: bool = False,
+    added: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """sum_k topk_weights[t, k] * down(silu(gate(x)) * up(x)) of expert topk_ids[t, k]: x [T, D] to [T, D] in x's dtype.
 
     `gate_up` is [E, 2M, D] (gate's rows first), `down` [E, D, M], `topk_ids` [T, K] int, `topk_weights` [T, K] fp32.
     Weights are x's dtype, or e4m3 with both scales given (`down_scale` [E, ceil(D / 128), ceil(M / 128)]); then
-    activations are quantised as in `fp8_linear`. The sum over K is in fp32.
+    activations are quantised as in `fp8_linear`. `added` [T, D], the shared experts' output, joins the sum over K,
+    which is in fp32.
     On CUDA nothing is read back to the host, so the call can be captured in a graph.
     """
-    arguments = (x, gate_up, down, topk_ids, topk_weights, gate_up_scale, down_scale, round_scales_to_power_of_two)
+    scales = (gate_up_scale, down_scale, round_scales_to_power_of_two)
+    arguments = (x, gate_up, down, topk_ids, topk_weights, *scales, added)
     if x.is_cuda:
         from services.engine.kernels.moe_experts_triton import moe_experts_triton
 
@@ -46,17 +49,24 @@ def moe_experts_reference(
     gate_up_scale: torch.Tensor | None = None,
     down_scale: torch.Tensor | None = None,
     round_scales_to_power_of_two: bool = False,
+    added: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`moe_experts` in plain PyTorch: a loop over the experts that have tokens."""
     if gate_up_scale is not None and down_scale is not None:
         dtype = x.dtype
         weights = _Fp8Weights(gate_up, down, gate_up_scale, down_scale, round_scales_to_power_of_two)
-        return _run(fake_quantize_activations(x, round_scales_to_power_of_two), weights, topk_ids, topk_weights, dtype)
-    return _run(x, _Weights(gate_up, down), topk_ids, topk_weights, x.dtype)
+        quantized = fake_quantize_activations(x, round_scales_to_power_of_two)
+        return _run(quantized, weights, topk_ids, topk_weights, dtype, added)
+    return _run(x, _Weights(gate_up, down), topk_ids, topk_weights, x.dtype, added)
 
 
 def _run(
-    x: torch.Tensor, weights: _Weights, topk_ids: torch.Tensor, topk_weights: torch.Tensor, dtype: torch.dtype
+    x: torch.Tensor,
+    weights: _Weights,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    dtype: torch.dtype,
+    added: torch.Tensor | None,
 ) -> torch.Tensor:
     num_tokens, num_chosen = topk_ids.shape
     if num_tokens == 1:
@@ -75,7 +85,8 @@ def _run(
         outputs = torch.empty_like(outputs).index_copy_(0, order, outputs)
     # One small product a token: sums the K rows in fp32 without a temporary of their size for the weighting.
     rows = outputs.view(num_tokens, num_chosen, -1).to(topk_weights.dtype)
-    return torch.bmm(topk_weights.unsqueeze(1), rows).squeeze(1).to(dtype)
+    total = torch.bmm(topk_weights.unsqueeze(1), rows).squeeze(1)
+    return (total if added is None else total + added).to(dtype)
 
 
 def _segments(counts: list[int]) -> list[tuple[int, int, int]]:

@@ -53,6 +53,7 @@ def moe_experts_triton(
     gate_up_scale: torch.Tensor | None,
     down_scale: torch.Tensor | None,
     round_scales_to_power_of_two: bool,
+    added: torch.Tensor | None = None,
     cut: Cut | None = None,
 ) -> torch.Tensor:
     """See `moe_experts`."""
@@ -70,7 +71,14 @@ def moe_experts_triton(
     _grouped(hidden, down, down_scale, outputs, blocks, 1, cut, rounds, is_gate_up=False)
     block_d = min(1024, triton.next_power_of_2(model))
     _sum_chosen[(num_tokens, triton.cdiv(model, block_d))](
-        outputs, topk_weights.contiguous(), out, model, CHOSEN=num_chosen, BLOCK_D=block_d
+        outputs,
+        topk_weights.contiguous(),
+        added.contiguous() if added is not None else out,
+        out,
+        model,
+        CHOSEN=num_chosen,
+        ADDS=added is not None,
+        BLOCK_D=block_d,
     )
     return out
 
@@ -190,12 +198,14 @@ def _multiply(
 
 
 @triton.jit
-def _sum_chosen(outputs, weights, out, model, CHOSEN: tl.constexpr, BLOCK_D: tl.constexpr):
-    """A token's K outputs under its weights, in fp32."""
+def _sum_chosen(outputs, weights, added, out, model, CHOSEN: tl.constexpr, ADDS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A token's K outputs under its weights, in fp32, and what is added to them."""
     token = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     acc = tl.zeros([BLOCK_D], tl.float32)
     for k in tl.static_range(CHOSEN):
         part = tl.load(outputs + (token * CHOSEN + k) * model + d, mask=d < model, other=0.0)
         acc += part.to(tl.float32) * tl.load(weights + token * CHOSEN + k)
+    if ADDS:
+        acc += tl.load(added + token * model + d, mask=d < model, other=0.0).to(tl.float32)
     tl.store(out + token * model + d, acc.to(out.dtype.element_ty), mask=d < model)

@@ -1,0 +1,186 @@
+"""The forward pass for a GPU: as model.py has it, in fewer and larger operations, over a step of any chunks.
+
+The same weights: where two products read the same numbers, their weights are laid side by side, and what the modules
+hold becomes a view of that. Shapes: T tokens, D model, H heads, N nope, R rope, C latent, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from services.engine.attention import Projections
+from services.engine.config import LATENT_NORM_EPS, ModelConfig
+from services.engine.fused_attention import FusedAttention
+from services.engine.kernels.add_rms_norm import add_rms_norm
+from services.engine.kernels.choose_experts import Routing, choose_experts
+from services.engine.kernels.embed_tokens import embed_tokens
+from services.engine.kernels.fp8_linear import SCALE_BLOCK, fp8_linear
+from services.engine.kernels.mla_store import mla_store
+from services.engine.kernels.moe_experts import moe_experts
+from services.engine.kernels.silu_mul import silu_mul
+from services.engine.kv_cache import KVCache
+from services.engine.layers import MLP, Fp8Linear, Fp8MLP, Linear
+from services.engine.model import DeepseekForCausalLM
+from services.engine.moe import Fp8Experts, MoE
+from services.engine.rotary import RotaryEmbedding
+from services.engine.step import Step
+
+Product = Callable[[Tensor], Tensor]
+
+# Few tokens leave most of the card idle: the shared experts then run beside the routed ones.
+_FEW_TOKENS = 256
+
+
+class FusedModel:
+    """One model's weights, ready to compute steps against one cache."""
+
+    def __init__(self, model: DeepseekForCausalLM, cache: KVCache, rotary: RotaryEmbedding) -> None:
+        self._model = model
+        self._config = model.config
+        self._cache = cache
+        self._rotary = rotary
+        self._attention = FusedAttention(model.config, cache)
+        self._routing = routing_of(model.config)
+        device = cache.pool.device
+        self._beside = torch.cuda.Stream(device) if device.type == "cuda" else None
+        rounds = model.config.rounds_activation_scales
+        self._projections: list[tuple[Product, int]] = []
+        self._feed_forwards: list[Product] = []
+        for layer in model.model.decoder_layers:
+            self._projections.append(_first_projection(layer.self_attn, rounds))
+            self._feed_forwards.append(self._feed_forward(layer.mlp, rounds))
+
+    def __call__(self, step: Step, sampled_ids: Tensor, out: Tensor | None = None) -> Tensor:
+        """Stores the step's KV and returns the logits of its rows, [rows, V], in `out` if given.
+
+        sampled_ids: those of the step before, see `embed_tokens`.
+        """
+        model = self._model.model
+        h = embed_tokens(step.token_ids, sampled_ids, model.embed_tokens.weight)
+        delta: Tensor | None = None
+        for index, layer in enumerate(model.decoder_layers):
+            norm = layer.input_layernorm
+            x = add_rms_norm(h, delta, norm.weight, norm.eps)
+            delta = self._attend(index, layer.self_attn, x, step)
+            norm = layer.post_attention_layernorm
+            x = add_rms_norm(h, delta, norm.weight, norm.eps)
+            delta = self._feed_forwards[index](x)
+        if step.logits_rows is not None:
+            h = h.index_select(0, step.logits_rows)
+            delta = delta.index_select(0, step.logits_rows) if delta is not None else None
+        x = add_rms_norm(h, delta, model.norm.weight, model.norm.eps)
+        head = model.embed_tokens if self._config.tie_word_embeddings else self._model.lm_head
+        return torch.mm(x, head.weight.t(), out=out)
+
+    def _attend(self, index: int, projections: Projections, x: Tensor, step: Step) -> Tensor:
+        config = self._config
+        product, num_first = self._projections[index]
+        projected = product(x)
+        first, latents = projected[:, :num_first], projected[:, num_first:]
+        if config.q_lora_rank is not None:
+            first = add_rms_norm(first, None, projections.q_a_layernorm.weight, projections.q_a_layernorm.eps)
+            first = projections.q_b_proj(first)
+        q = first.unflatten(-1, (config.num_attention_heads, -1))
+        num_rows = step.context_lens.shape[0]
+        absorbed = q.new_empty(num_rows, config.num_attention_heads, config.kv_lora_rank + config.qk_rope_head_dim)
+        mla_store(
+            q,
+            latents,
+            projections.kv_a_layernorm.weight,
+            LATENT_NORM_EPS,
+            step.positions,
+            self._rotary.cos,
+            self._rotary.sin,
+            self._cache.pool[:, index],
+            step.slots,
+            absorbed,
+        )
+        attended = self._attention.attend(index, projections, q, absorbed, latents, step)
+        out: Tensor = projections.o_proj(attended.flatten(1))
+        return out
+
+    def _feed_forward(self, mlp: nn.Module, rounds: bool) -> Product:
+        if not isinstance(mlp, MoE):
+            return _dense(mlp, rounds)
+        shared = _dense(mlp.shared_experts, rounds) if mlp.shared_experts is not None else None
+        experts, router = mlp.experts, mlp.gate
+        up_scale, down_scale = None, None
+        if isinstance(experts, Fp8Experts):
+            up_scale, down_scale = experts.gate_up_scale, experts.down_scale
+
+        def mixture(x: Tensor) -> Tensor:
+            side = self._beside if len(x) <= _FEW_TOKENS else None
+            added = None
+            if shared is not None:
+                if side is not None:
+                    side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(side) if side is not None else nullcontext():
+                    added = shared(x)
+            ids, weights = choose_experts(x, router.weight, router.e_score_correction_bias, self._routing)
+            if side is not None:
+                torch.cuda.current_stream().wait_stream(side)
+            return moe_experts(x, experts.gate_up, experts.down, ids, weights, up_scale, down_scale, rounds, added)
+
+        return mixture
+
+
+def routing_of(config: ModelConfig) -> Routing:
+    """How this model chooses experts."""
+    has_groups = config.topk_method != "greedy" and config.topk_group < config.n_group
+    return Routing(
+        num_chosen=config.num_experts_per_tok,
+        is_sigmoid=config.scoring_func == "sigmoid",
+        num_groups=config.n_group if has_groups else 1,
+        num_kept_groups=config.topk_group if has_groups else 1,
+        sums_best_two=config.topk_method == "noaux_tc",
+        norms=config.norm_topk_prob,
+        factor=config.routed_scaling_factor,
+    )
+
+
+def _first_projection(projections: Projections, rounds: bool) -> tuple[Product, int]:
+    """Queries (or their latent) and the keys' latent in one product, and how many numbers come first."""
+    first = projections.q_proj if hasattr(projections, "q_proj") else projections.q_a_proj
+    return _joined(first, projections.kv_a_proj_with_mqa, rounds), first.weight.shape[0]
+
+
+def _joined(first: Linear | Fp8Linear, second: Linear | Fp8Linear, rounds: bool) -> Product:
+    """Both products of the same input, one after another in each row."""
+    if isinstance(first, Linear) and isinstance(second, Linear):
+        both = _side_by_side(first.weight, second.weight)
+        return lambda x: F.linear(x, both)
+    assert isinstance(first, Fp8Linear)
+    assert isinstance(second, Fp8Linear)
+    if first.weight.shape[0] % SCALE_BLOCK:  # the second's scales would begin within a block
+        return lambda x: torch.cat((first(x), second(x)), dim=-1)
+    both = _side_by_side(first.weight, second.weight)
+    scales = _side_by_side(first.weight_scale_inv, second.weight_scale_inv)
+    return lambda x: fp8_linear(x, both, scales, rounds)
+
+
+def _side_by_side(first: nn.Parameter, second: nn.Parameter) -> Tensor:
+    both = torch.cat((first.data.view(_BYTES), second.data.view(_BYTES))).view(first.dtype)
+    first.data, second.data = both.split((first.shape[0], second.shape[0]))
+    return both
+
+
+_BYTES = torch.uint8  # what torch.cat takes whatever the weights' type
+
+
+def _dense(mlp: nn.Module, rounds: bool) -> Product:
+    if isinstance(mlp, Fp8MLP):
+        gate_up = _joined(mlp.gate_proj, mlp.up_proj, rounds)
+    else:
+        assert isinstance(mlp, MLP)
+        gate_up = mlp.gate_up
+
+    def feed_forward(x: Tensor) -> Tensor:
+        out: Tensor = mlp.down_proj(silu_mul(gate_up(x)))
+        return out
+
+    return feed_forward

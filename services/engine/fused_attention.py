@@ -1,0 +1,80 @@
+"""Attention of a step in few operations: rows straight from the blocks, long chunks over keys and values made for them.
+
+Shapes: T tokens, R rows of a step, H heads, N nope, V value, C latent, K keys (N + rope in width).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from services.engine.attention import Projections
+from services.engine.config import ModelConfig
+from services.engine.kernels.gather_latents import gather_latents
+from services.engine.kernels.mla_decode import mla_decode
+from services.engine.kernels.mla_prefill import mla_prefill
+from services.engine.kv_cache import KVCache
+from services.engine.rotary import softmax_scale
+from services.engine.step import LongChunks, Step
+
+# Most memory for the keys and values of one layer; more heads than fit in take turns.
+_EXPANDED_BYTES = 512 * 2**20
+
+
+class FusedAttention:
+    """One cache of latents and all the layers that attend to it."""
+
+    def __init__(self, config: ModelConfig, cache: KVCache) -> None:
+        self._config = config
+        self._cache = cache
+        self._scale = softmax_scale(config)
+
+    def attend(
+        self, layer: int, projections: Projections, q: Tensor, absorbed: Tensor, latents: Tensor, step: Step
+    ) -> Tensor:
+        """[T, H, V] from what `mla_store` left: q [T, H, N+R], absorbed [R, H, C+R], latents [T, C+R]."""
+        num_rows = len(absorbed)
+        out = q.new_empty(*q.shape[:2], self._config.v_head_dim)
+        if num_rows:
+            self._attend_rows(layer, projections, q[:num_rows], absorbed, out[:num_rows], step)
+        if step.long is not None:
+            self._attend_long(layer, projections, q[num_rows:], latents[num_rows:], out[num_rows:], step.long)
+        return out
+
+    def _attend_rows(
+        self, layer: int, projections: Projections, q: Tensor, absorbed: Tensor, out: Tensor, step: Step
+    ) -> None:
+        key_weights, value_weights = projections.absorb_weights()
+        nope, rank = key_weights.shape[1:]
+        torch.bmm(q[..., :nope].transpose(0, 1), key_weights, out=absorbed[..., :rank].transpose(0, 1))
+        u = mla_decode(
+            absorbed,
+            self._cache.pool[:, layer],
+            step.block_tables,
+            step.context_lens,
+            self._scale,
+            rank,
+            step.max_context_len,
+        )
+        torch.bmm(u.transpose(0, 1), value_weights, out=out.transpose(0, 1))
+
+    def _attend_long(
+        self, layer: int, projections: Projections, q: Tensor, latents: Tensor, out: Tensor, long: LongChunks
+    ) -> None:
+        config = self._config
+        if long.key_slots is not None:
+            pool = self._cache.pool[:, layer]
+            latents = gather_latents(pool, long.key_slots, config.kv_lora_rank, latents.dtype)
+        latent, rope = latents.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
+        width = config.qk_nope_head_dim + config.v_head_dim
+        bytes_a_head = len(latents) * (width + config.qk_head_dim) * latents.element_size()
+        num_heads = min(config.num_attention_heads, max(1, _EXPANDED_BYTES // bytes_a_head))
+        weight = projections.kv_b_proj.weight
+        for head in range(0, config.num_attention_heads, num_heads):
+            part = weight[head * width : (head + num_heads) * width]
+            expanded = F.linear(latent, part).unflatten(-1, (-1, width))
+            nope, values = expanded.split((config.qk_nope_head_dim, config.v_head_dim), dim=-1)
+            keys = torch.cat((nope, rope.unsqueeze(1).expand(-1, expanded.shape[1], -1)), dim=-1)
+            heads = slice(head, head + expanded.shape[1])
+            out[:, heads] = mla_prefill(q[:, heads], keys, values, self._scale, long.cu_q, long.cu_k, long.tiles)

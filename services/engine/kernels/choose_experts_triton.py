@@ -1,0 +1,183 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+"""The router on CUDA: scores by one product, then one program a token chooses.
+
+A few tokens take a product of our own, which reads them as they are; many take cuBLAS's, in fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from services.engine.kernels.choose_experts import Routing
+
+# Up to here our own product is the faster one.
+FEW_TOKENS = 128
+BLOCK_T, BLOCK_E, BLOCK_D = 16, 16, 128
+
+
+def choose_experts_triton(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, routing: Routing
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `choose_experts`; ids are int32."""
+    num_tokens, num_experts = x.shape[0], weight.shape[0]
+    ids = torch.empty(num_tokens, routing.num_chosen, dtype=torch.int32, device=x.device)
+    weights = torch.empty(num_tokens, routing.num_chosen, dtype=torch.float32, device=x.device)
+    if num_tokens == 0:
+        return ids, weights
+    logits = _scores(x, weight)
+    has_groups = routing.num_kept_groups < routing.num_groups
+    _choose[(num_tokens,)](
+        logits,
+        bias if bias is not None else logits,
+        ids,
+        weights,
+        routing.factor,
+        EXPERTS=num_experts,
+        CHOSEN=routing.num_chosen,
+        IS_SIGMOID=routing.is_sigmoid,
+        HAS_BIAS=bias is not None,
+        GROUPS=routing.num_groups if has_groups else 1,
+        KEPT_GROUPS=routing.num_kept_groups if has_groups else 1,
+        SUMS_TWO=routing.sums_best_two,
+        NORMS=routing.norms,
+        EXPERTS_POW2=triton.next_power_of_2(num_experts),
+        CHOSEN_POW2=triton.next_power_of_2(routing.num_chosen),
+        num_warps=1 if num_experts <= 128 else 2,
+    )
+    return ids, weights
+
+
+def _scores(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    num_tokens, num_experts = x.shape[0], weight.shape[0]
+    if num_tokens > FEW_TOKENS:
+        return F.linear(x.float(), weight)
+    logits = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=x.device)
+    if num_tokens == 1:
+        _one_row[(triton.cdiv(num_experts, 2),)](
+            x, weight, logits, num_experts, SIZE=x.shape[1], BLOCK_E=2, BLOCK_D=1024, num_warps=4
+        )
+    else:
+        _few_rows[(triton.cdiv(num_tokens, BLOCK_T), triton.cdiv(num_experts, BLOCK_E))](
+            x,
+            weight,
+            logits,
+            num_tokens,
+            num_experts,
+            SIZE=x.shape[1],
+            BLOCK_T=BLOCK_T,
+            BLOCK_E=BLOCK_E,
+            BLOCK_D=BLOCK_D,
+            num_warps=4,
+            num_stages=4,
+        )
+    return logits
+
+
+@triton.jit
+def _one_row(x, weight, logits, num_experts, SIZE: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr):
+    e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    acc = tl.zeros([BLOCK_E, BLOCK_D], tl.float32)
+    for start in tl.range(0, SIZE, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        mask = (e[:, None] < num_experts) & (d[None, :] < SIZE)
+        w = tl.load(weight + e[:, None] * SIZE + d[None, :], mask=mask, other=0.0)
+        acc += w * tl.load(x + d, mask=d < SIZE, other=0.0).to(tl.float32)[None, :]
+    tl.store(logits + e, tl.sum(acc, 1), mask=e < num_experts)
+
+
+@triton.jit
+def _few_rows(
+    x,
+    weight,
+    logits,
+    num_tokens,
+    num_experts,
+    SIZE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    acc = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
+    for start in tl.range(0, SIZE, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        a_mask = (t[:, None] < num_tokens) & (d[None, :] < SIZE)
+        a = tl.load(x + t[:, None] * SIZE + d[None, :], mask=a_mask, other=0.0).to(tl.float32)
+        b_mask = (e[None, :] < num_experts) & (d[:, None] < SIZE)
+        b = tl.load(weight + e[None, :] * SIZE + d[:, None], mask=b_mask, other=0.0)
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+    mask = (t[:, None] < num_tokens) & (e[None, :] < num_experts)
+    tl.store(logits + t[:, None] * num_experts + e[None, :], acc, mask=mask)
+
+
+@triton.jit
+def _choose(
+    logits,
+    bias,
+    ids,
+    weights,
+    factor,
+    EXPERTS: tl.constexpr,
+    CHOSEN: tl.constexpr,
+    IS_SIGMOID: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    KEPT_GROUPS: tl.constexpr,
+    SUMS_TWO: tl.constexpr,
+    NORMS: tl.constexpr,
+    EXPERTS_POW2: tl.constexpr,
+    CHOSEN_POW2: tl.constexpr,
+):
+    """One token. An expert that is out has a choice of -inf."""
+    row = tl.program_id(0).to(tl.int64)
+    e = tl.arange(0, EXPERTS_POW2)
+    is_expert = e < EXPERTS
+    logit = tl.load(logits + row * EXPERTS + e, mask=is_expert, other=float("-inf"))
+    if IS_SIGMOID:
+        score = tl.sigmoid(logit)
+    else:
+        score = tl.exp(logit - tl.max(logit, 0))
+        score = score / tl.sum(score, 0)
+    choice = score
+    if HAS_BIAS:
+        choice += tl.load(bias + e, mask=is_expert, other=0.0)
+    choice = tl.where(is_expert, choice, float("-inf"))
+    if GROUPS > 1:
+        choice = _best_groups_only(choice, e, EXPERTS // GROUPS, GROUPS, KEPT_GROUPS, SUMS_TWO)
+    k = tl.arange(0, CHOSEN_POW2)
+    chosen = tl.zeros([CHOSEN_POW2], tl.int32)
+    chosen_score = tl.zeros([CHOSEN_POW2], tl.float32)
+    for i in tl.static_range(CHOSEN):
+        # NaN compares with nothing: a broken token still gets experts that exist.
+        best = tl.argmax(choice, 0)
+        chosen = tl.where(k == i, best, chosen)
+        chosen_score = tl.where(k == i, tl.sum(tl.where(e == best, score, 0.0), 0), chosen_score)
+        choice = tl.where(e == best, float("-inf"), choice)
+    if NORMS:
+        chosen_score = chosen_score / (tl.sum(chosen_score, 0) + 1e-20)
+    tl.store(ids + row * CHOSEN + k, tl.minimum(chosen, EXPERTS - 1), mask=k < CHOSEN)
+    tl.store(weights + row * CHOSEN + k, chosen_score * factor, mask=k < CHOSEN)
+
+
+@triton.jit
+def _best_groups_only(
+    choice, e, SIZE: tl.constexpr, GROUPS: tl.constexpr, KEPT_GROUPS: tl.constexpr, SUMS_TWO: tl.constexpr
+):
+    """-inf for experts outside the best groups; a group is `SIZE` experts side by side."""
+    merit_of_expert = tl.full(choice.shape, float("-inf"), tl.float32)
+    for group in tl.static_range(GROUPS):
+        is_member = (e >= group * SIZE) & (e < (group + 1) * SIZE)
+        members = tl.where(is_member, choice, float("-inf"))
+        merit = tl.max(members, 0)
+        if SUMS_TWO:
+            merit += tl.max(tl.where(e == tl.argmax(members, 0), float("-inf"), members), 0)
+        merit_of_expert = tl.where(is_member, merit, merit_of_expert)
+    is_kept = e < 0
+    for _ in tl.static_range(KEPT_GROUPS):
+        best = tl.argmax(tl.where(is_kept, float("-inf"), merit_of_expert), 0) // SIZE
+        is_kept = is_kept | ((e >= best * SIZE) & (e < (best + 1) * SIZE))
+    return tl.where(is_kept, choice, float("-inf"))

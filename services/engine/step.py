@@ -1,0 +1,204 @@
+"""What one step computes, as tensors on the device.
+
+The chunks are laid one after another, short ones first: each of their tokens is a row of its own, that attends straight
+from the blocks. Then long ones, whose sequences are expanded to keys and values of all heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as ListLike
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from services.engine.batch import wants_all_logits
+from services.engine.device_tables import DeviceTables
+from services.engine.kernels.mla_prefill import query_tiles
+from services.engine.kv_cache import KVLayout
+from services.engine.scheduler import Chunk
+from services.engine.staging import Staging
+
+# Up to here reading the latents once a token costs less than expanding them.
+MAX_SHORT_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class LongChunks:
+    """The chunks that are expanded. cu_q, cu_k: bounds of their queries and keys, each beginning at 0.
+
+    key_slots: int32 [keys], where their keys' latents are; None if the queries' own are all there is, unchanged.
+    tiles: what `mla_prefill` takes.
+    """
+
+    cu_q: list[int]
+    cu_k: list[int]
+    key_slots: Tensor | None
+    tiles: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """token_ids (negative: sampled by the last step, see `embed_tokens`), positions, slots: int32 [T].
+
+    The first R tokens are rows: context_lens int32 [R], block_tables int32 [R, max_blocks]; max_context_len bounds the
+    lengths. logits_rows: int64, the tokens whose logits are wanted, None for all.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    context_lens: Tensor
+    block_tables: Tensor
+    max_context_len: int | None
+    long: LongChunks | None
+    logits_rows: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class StepArrays:
+    """A step before it is sent. table_rows: the rows of `DeviceTables` [R]; places, ids: see DeviceTables.rows_of."""
+
+    token_ids: np.ndarray
+    positions: np.ndarray
+    slots: np.ndarray
+    context_lens: np.ndarray
+    table_rows: np.ndarray
+    places: np.ndarray
+    ids: np.ndarray
+
+    def inputs(self) -> dict[str, np.ndarray]:
+        """What the forward pass reads, in a fixed order."""
+        return {
+            "token_ids": self.token_ids,
+            "positions": self.positions,
+            "slots": self.slots,
+            "context_lens": self.context_lens,
+            "table_rows": self.table_rows,
+        }
+
+    def updates(self) -> dict[str, np.ndarray]:
+        """What goes to the block tables before."""
+        return {"places": self.places, "ids": self.ids} if len(self.places) else {}
+
+    def padded(self, num_rows: int) -> StepArrays:
+        """With rows of length 0 that store nothing; for a step of rows alone."""
+        missing = num_rows - len(self.token_ids)
+        if not missing:
+            return self
+
+        def pad(array: np.ndarray, value: int) -> np.ndarray:
+            return np.concatenate((array, np.full(missing, value, array.dtype)))
+
+        return replace(
+            self,
+            token_ids=pad(self.token_ids, 0),
+            positions=pad(self.positions, 0),
+            slots=pad(self.slots, -1),
+            context_lens=pad(self.context_lens, 0),
+            table_rows=pad(self.table_rows, 0),
+        )
+
+
+def is_decode(chunks: ListLike[Chunk]) -> bool:
+    """Whether every chunk is one token whose logits are wanted."""
+    return all(chunk.num_tokens == 1 and chunk.samples and not wants_all_logits(chunk) for chunk in chunks)
+
+
+def decode_arrays(
+    chunks: ListLike[Chunk], tables: DeviceTables, block_size: int, sampled_rows: ListLike[int] | None = None
+) -> StepArrays:
+    """A step of one token a chunk. sampled_rows: by chunk, where the last step sampled its token."""
+    rows, places, ids = tables.rows_of([chunk.seq for chunk in chunks])
+    positions = np.array([chunk.start for chunk in chunks], np.int32)
+    blocks = np.array([chunk.seq.block_table[chunk.start // block_size] for chunk in chunks], np.int32)
+    if sampled_rows is None:
+        token_ids = np.array([chunk.seq.token_ids[chunk.start] for chunk in chunks], np.int32)
+    else:
+        token_ids = -1 - np.array(sampled_rows, np.int32)
+    slots = blocks * block_size + positions % block_size
+    return StepArrays(token_ids, positions, slots, positions + 1, rows, places, ids)
+
+
+def mixed_step(
+    chunks: ListLike[Chunk], tables: DeviceTables, layout: KVLayout, staging: Staging, dtype: torch.dtype
+) -> Step:
+    """A step of any chunks, computed in `dtype`.
+
+    Logits: every row of a chunk that wants prompt logprobs, else the sampled ones, in the order of the chunks.
+    """
+    block_size = layout.block_size
+    table_rows, places, ids = tables.rows_of([chunk.seq for chunk in chunks])
+    order = sorted(range(len(chunks)), key=lambda i: chunks[i].num_tokens > MAX_SHORT_TOKENS)
+    num_short = sum(chunk.num_tokens <= MAX_SHORT_TOKENS for chunk in chunks)
+    token_ids: list[int] = []
+    starts = [0] * len(chunks)
+    for i in order:
+        chunk = chunks[i]
+        starts[i] = len(token_ids)
+        token_ids += chunk.seq.token_ids[chunk.start : chunk.start + chunk.num_tokens]
+    ordered = [chunks[i] for i in order]
+    positions = np.concatenate([_positions(chunk) for chunk in ordered])
+    slots = np.concatenate([_slots(chunk, _positions(chunk), block_size) for chunk in ordered])
+    num_rows = sum(chunk.num_tokens for chunk in ordered[:num_short])
+    rows = np.repeat(table_rows[order[:num_short]], [chunk.num_tokens for chunk in ordered[:num_short]])
+    arrays = StepArrays(
+        np.array(token_ids, np.int32), positions, slots, positions[:num_rows] + 1, rows.astype(np.int32), places, ids
+    )
+    long = ordered[num_short:]
+    extra = {"logits_rows": _logits_rows(chunks, starts)}
+    if long:
+        extra |= _long_arrays(long, layout, dtype)
+    sent = staging.send(arrays.updates() | arrays.inputs() | extra)
+    if len(places):
+        tables.write(sent["places"], sent["ids"])
+    longest = int(arrays.context_lens.max()) if num_rows else 0
+    num_blocks = -(-longest // block_size)
+    return Step(
+        sent["token_ids"],
+        sent["positions"],
+        sent["slots"],
+        sent["context_lens"],
+        tables.tensor[:, :num_blocks].index_select(0, sent["table_rows"]),
+        longest,
+        LongChunks(*_bounds(long), sent.get("key_slots"), sent["tiles"]) if long else None,
+        sent["logits_rows"],
+    )
+
+
+def _positions(chunk: Chunk) -> np.ndarray:
+    return np.arange(chunk.start, chunk.start + chunk.num_tokens, dtype=np.int32)
+
+
+def _slots(chunk: Chunk, positions: np.ndarray, block_size: int) -> np.ndarray:
+    table = np.array(chunk.seq.block_table, np.int32)
+    slots: np.ndarray = table[positions // block_size] * block_size + positions % block_size
+    return slots
+
+
+def _bounds(long: ListLike[Chunk]) -> tuple[list[int], list[int]]:
+    cu_q, cu_k = [0], [0]
+    for chunk in long:
+        cu_q.append(cu_q[-1] + chunk.num_tokens)
+        cu_k.append(cu_k[-1] + chunk.start + chunk.num_tokens)
+    return cu_q, cu_k
+
+
+def _long_arrays(long: ListLike[Chunk], layout: KVLayout, dtype: torch.dtype) -> dict[str, np.ndarray]:
+    arrays = {"tiles": query_tiles(*_bounds(long), dtype)}
+    if layout.dtype != dtype or any(chunk.start for chunk in long):
+        all_positions = [np.arange(chunk.start + chunk.num_tokens, dtype=np.int32) for chunk in long]
+        slots = [_slots(chunk, each, layout.block_size) for chunk, each in zip(long, all_positions, strict=True)]
+        arrays["key_slots"] = np.concatenate(slots)
+    return arrays
+
+
+def _logits_rows(chunks: ListLike[Chunk], starts: ListLike[int]) -> np.ndarray:
+    rows: list[int] = []
+    for chunk, start in zip(chunks, starts, strict=True):
+        if wants_all_logits(chunk):
+            rows += range(start, start + chunk.num_tokens)
+        elif chunk.samples:
+            rows.append(start + chunk.num_tokens - 1)
+    return np.array(rows, np.int64)
