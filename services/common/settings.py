@@ -226,6 +226,11 @@ class TransferSettings(_Section):
     lease_ttl_s: Seconds = Field(
         default=30.0, description="How long published blocks are kept for their fetcher, in seconds."
     )
+    progress_pause_s: float = Field(
+        default=0.001,
+        ge=0,
+        description="Pause of the transport's thread between looks at its connections, in seconds; 0 takes a core.",
+    )
     quarantine_s: Seconds = Field(
         default=30.0, description="How long the target blocks of a timed-out fetch stay unused, in seconds."
     )

@@ -131,6 +131,7 @@ def rdt_transfer(settings: Settings) -> Callable[[Engine, Identity], Any]:
             identity=identity,
             ttl_s=settings.transfer.lease_ttl_s,
             fetch_timeout_s=settings.transfer.fetch_timeout_s,
+            progress_pause_s=settings.transfer.progress_pause_s,
         )
         await transfer.start()
         return transfer

@@ -24,6 +24,7 @@ from services.common.errors import InvalidSettings, TransferFailed
 from services.transfer.base import Cause, Expected, FetchReport, Identity, KVTicket, OnRelease
 from services.transfer.digest import BlockDigest
 from services.transfer.leases import Leases
+from services.transfer.nixl_progress import progress_pauses
 from services.transfer.runs import run_lengths, run_views
 from services.transfer.verify import (
     check_blocks,
@@ -38,6 +39,7 @@ T = TypeVar("T")
 
 DEFAULT_TTL_S = 30.0
 DEFAULT_FETCH_TIMEOUT_S = 10.0
+DEFAULT_PROGRESS_PAUSE_S = 0.001
 # With either of these Serve sends the arguments of calls in another way, and references to tensors lose their metadata.
 _BREAKING_VARIABLES = ("RAY_SERVE_USE_GRPC_BY_DEFAULT", "RAY_SERVE_THROUGHPUT_OPTIMIZED")
 
@@ -47,6 +49,7 @@ class RdtTransfer:
 
     Tickets hold a Ray reference, so they travel in the arguments or results of Ray calls, nested in another object, and
     through DeploymentHandles that keep `_by_reference=True`.
+    progress_pause_s: of the transport's thread between looks at its connections; 0 takes a core.
     compute_stream: the CUDA stream that writes the pool; None is the device's default stream.
     """
 
@@ -58,6 +61,7 @@ class RdtTransfer:
         identity: Identity,
         ttl_s: float = DEFAULT_TTL_S,
         fetch_timeout_s: float = DEFAULT_FETCH_TIMEOUT_S,
+        progress_pause_s: float = DEFAULT_PROGRESS_PAUSE_S,
         compute_stream: torch.cuda.Stream | None = None,
     ) -> None:
         check_pool(pool)
@@ -66,6 +70,7 @@ class RdtTransfer:
         self.leases = Leases()
         self._ttl_s = ttl_s
         self._fetch_timeout_s = fetch_timeout_s
+        self._progress_pause_us = round(progress_pause_s * 1e6)
         self._layout = layout_fingerprint(pool, model)
         self._digest = BlockDigest(pool)
         self._compute_stream = compute_stream
@@ -165,7 +170,8 @@ class RdtTransfer:
             self._stream = torch.cuda.Stream(self.pool.device)
             # Otherwise each put would wait for everything the GPU has been given to do.
             ray.experimental.set_nixl_cuda_stream(self._stream)
-        ray.experimental.register_nixl_memory(self.pool)
+        with progress_pauses(self._progress_pause_us):
+            ray.experimental.register_nixl_memory(self.pool)  # the first one makes the agent
 
     def _put(
         self, block_ids: Sequence[int], lengths: tuple[int, ...], written: torch.cuda.Event | None
