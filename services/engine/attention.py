@@ -10,6 +10,8 @@ Shapes: T tokens of the batch, D model, H heads, N nope, R rope, V value, C late
 
 from __future__ import annotations
 
+from collections.abc import Sequence as ListLike
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -18,6 +20,7 @@ from torch.nn import functional as F
 
 from services.engine.batch import Batch, Span
 from services.engine.config import LATENT_NORM_EPS, ModelConfig
+from services.engine.decode_group import DecodeGroup, decode_groups
 from services.engine.kv_cache import KVCache
 from services.engine.layers import Fp8Linear, Linear, RMSNorm
 from services.engine.rotary import rotate, softmax_scale
@@ -129,16 +132,24 @@ class LatentAttention:
         self._rank = config.kv_lora_rank
         self._scale = softmax_scale(config)
         self._absorb_below = absorb_below(config)
+        self._latest: tuple[Batch, _Paths] | None = None
 
     def attend(self, layer: int, projections: Projections, q: Tensor, latents: Tensor, batch: Batch) -> Tensor:
         self._cache.write(layer, batch.blocks, batch.offsets, latents)
-        absorbed = [span for span in batch.spans if span.num_tokens < self._absorb_below]
-        results = dict(zip(absorbed, self._absorbed(layer, projections, q, latents, absorbed), strict=True))
-        for span in batch.spans:
-            if span not in results:
-                keys, values = projections.expand(self._held(layer, latents, span))
-                results[span] = causal_attention(_rows(q, span), keys, values, self._scale)
-        return torch.cat([results[span] for span in batch.spans])
+        paths = self._paths_of(batch)
+        out = q.new_empty(*q.shape[:2], projections.config.v_head_dim)
+        if paths.absorbed_sizes:
+            out[paths.absorbed_rows] = self._absorbed(layer, projections, q[paths.absorbed_rows], paths)
+        for span in paths.expanded:
+            keys, values = projections.expand(self._held(layer, latents, span))
+            _rows(out, span).copy_(causal_attention(_rows(q, span), keys, values, self._scale))
+        return out
+
+    def _paths_of(self, batch: Batch) -> _Paths:
+        """The same for all layers of a step."""
+        if self._latest is None or self._latest[0] is not batch:
+            self._latest = batch, _Paths.of(batch.spans, self._cache.layout.block_size, self._absorb_below)
+        return self._latest[1]
 
     def _held(self, layer: int, latents: Tensor, span: Span) -> Tensor:
         """The latents of a sequence [S, C+R], read back from the cache unless they are the batch's own, unchanged."""
@@ -146,36 +157,67 @@ class LatentAttention:
             return _rows(latents, span)
         return self._cache.read(layer, span.block_ids, span.context_len)
 
-    def _absorbed(
-        self, layer: int, projections: Projections, q: Tensor, latents: Tensor, spans: list[Span]
-    ) -> list[Tensor]:
-        """[Q, H, V] of each span: multi-query attention in latent space; the weights are read once for all spans."""
-        if not spans:
-            return []
+    def _absorbed(self, layer: int, projections: Projections, q: Tensor, paths: _Paths) -> Tensor:
+        """Multi-query attention in latent space, q [T', H, N+R] to [T', H, V]; weights are read once for all spans."""
         key_weights, value_weights = projections.absorb_weights()
-        sizes = [span.num_tokens for span in spans]
-        q = torch.cat([_rows(q, span) for span in spans])
         nope = key_weights.shape[1]
         q_latent = torch.bmm(q[..., :nope].transpose(0, 1), key_weights).transpose(0, 1)
         q_full = torch.cat((q_latent, q[..., nope:]), dim=-1)
-        u = torch.cat(
-            [
-                self._multi_query(part, self._held(layer, latents, span))
-                for part, span in zip(q_full.split(sizes), spans, strict=True)
-            ]
-        )
-        return list(torch.bmm(u.transpose(0, 1), value_weights).transpose(0, 1).split(sizes))
+        by_part = q_full.split(paths.absorbed_sizes)
+        attended = [
+            self._single_queries(layer, part, group) for part, group in zip(by_part, paths.groups, strict=False)
+        ]
+        for part, span in zip(by_part[len(attended) :], paths.chunks, strict=True):
+            attended.append(self._many_queries(part, self._cache.read(layer, span.block_ids, span.context_len)))
+        u = attended[0] if len(attended) == 1 else torch.cat(attended)
+        return torch.bmm(u.transpose(0, 1), value_weights).transpose(0, 1)
 
-    def _multi_query(self, q: Tensor, held: Tensor) -> Tensor:
-        """q [Q, H, C+R] over held [S, C+R], whose first C numbers are the values: [Q, H, C]."""
-        num_queries, num_heads = q.shape[:2]
-        scores: Tensor = (q.flatten(0, 1) @ held.T).float() * self._scale
-        if num_queries > 1:
-            mask = _causal_mask(num_queries, held.shape[0], held.device)
-            scores = scores.unflatten(0, (num_queries, num_heads)).masked_fill(~mask.unsqueeze(1), float("-inf"))
-            scores = scores.flatten(0, 1)
+    def _single_queries(self, layer: int, q: Tensor, group: DecodeGroup) -> Tensor:
+        """One query of each span, q [B, H, C+R] to [B, H, C]."""
+        num_rows = group.bias.numel()
+        held = self._cache.read(layer, group.block_ids, num_rows)
+        held.index_fill_(0, group.padding, 0)  # what another sequence left there may be NaN, and 0 x NaN is NaN
+        held = held.unflatten(0, (q.shape[0], -1))
+        scores: Tensor = torch.bmm(q, held.transpose(1, 2)).float().mul_(self._scale).add_(group.bias)
+        return torch.bmm(scores.softmax(dim=-1).to(held.dtype), held[..., : self._rank])
+
+    def _many_queries(self, q: Tensor, held: Tensor) -> Tensor:
+        """The last Q positions of one sequence, q [Q, H, C+R] over held [S, C+R]: [Q, H, C]."""
+        scores: Tensor = (q.flatten(0, 1) @ held.T).float().unflatten(0, q.shape[:2]) * self._scale
+        mask = _causal_mask(q.shape[0], held.shape[0], held.device)
+        scores = scores.masked_fill(~mask.unsqueeze(1), float("-inf")).flatten(0, 1)
         u: Tensor = scores.softmax(dim=-1).to(held.dtype) @ held[:, : self._rank]
-        return u.view(num_queries, num_heads, self._rank)
+        return u.view(*q.shape[:2], -1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Paths:
+    """Which span takes which path. Absorbed are the groups, then the chunks.
+
+    absorbed_rows: the batch's rows of both in that order, int64 [T'], or a slice of all. absorbed_sizes: of each part.
+    """
+
+    groups: ListLike[DecodeGroup]
+    chunks: ListLike[Span]
+    expanded: ListLike[Span]
+    absorbed_rows: Tensor | slice
+    absorbed_sizes: list[int]
+
+    @classmethod
+    def of(cls, spans: ListLike[Span], block_size: int, absorb_below: int) -> _Paths:
+        groups = decode_groups([span for span in spans if span.num_tokens == 1], block_size)
+        chunks = [span for span in spans if 1 < span.num_tokens < absorb_below]
+        expanded = [span for span in spans if span.num_tokens > 1 and span.num_tokens >= absorb_below]
+        absorbed = [span for group in groups for span in group.spans] + chunks
+        rows = [row for span in absorbed for row in range(span.start, span.start + span.num_tokens)]
+        is_whole = not expanded and rows == sorted(rows)
+        return cls(
+            groups,
+            chunks,
+            expanded,
+            slice(None) if is_whole else torch.tensor(rows, dtype=torch.int64, device=spans[0].block_ids.device),
+            [len(group.spans) for group in groups] + [span.num_tokens for span in chunks],
+        )
 
 
 def absorb_below(config: ModelConfig) -> int:

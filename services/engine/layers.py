@@ -41,7 +41,7 @@ class PackedWeight:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, in] to [T, out]."""
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, None, "none", [], "")
+        out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self._packed, None, "none", [], "")
         return out
 
 

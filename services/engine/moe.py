@@ -5,6 +5,8 @@ Shapes: T tokens, D model, E experts, K experts a token, M inner width of an exp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -76,24 +78,30 @@ class Experts(nn.Module):
             return moe_experts(x, self.gate_up, self.down, ids, weights)
         num_tokens, top_k = ids.shape
         if num_tokens == 1:
-            outputs = torch.cat([self._expert(expert, x) for expert in ids[0].tolist()])
+            outputs = self._compute(ids[0].tolist(), [x] * top_k)
             return (outputs.float() * weights.T).sum(dim=0, keepdim=True).to(x.dtype)
         flat = ids.flatten()
         order = flat.argsort(stable=True)
         counts = torch.bincount(flat, minlength=self.num_experts).tolist()
-        rows = x.index_select(0, order.div(top_k, rounding_mode="floor")).split(counts)
-        outputs = torch.cat([self._expert(expert, part) for expert, part in enumerate(rows) if part.shape[0]])
+        chosen = [expert for expert, count in enumerate(counts) if count]
+        rows = x.index_select(0, order.div(top_k, rounding_mode="floor"))
+        outputs = self._compute(chosen, rows.split([counts[expert] for expert in chosen]))
         # Back to token order before summing: the sum then does not depend on what else is in the batch.
         in_order = torch.empty_like(outputs).index_copy_(0, order, outputs).view(num_tokens, top_k, -1)
         return (in_order.float() * weights.unsqueeze(-1)).sum(dim=1).to(x.dtype)
 
-    def _expert(self, expert: int, x: Tensor) -> Tensor:
-        if self._packed:
-            gate_up, down = self._packed[expert]
-            gate, up = gate_up(x).chunk(2, dim=-1)
-            return down(F.silu(gate) * up)
-        gate, up = F.linear(x, self.gate_up[expert]).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, self.down[expert])
+    def _compute(self, experts: list[int], inputs: Sequence[Tensor]) -> Tensor:
+        """Each expert's output for its own rows, one below another; what is not a product is done once for all."""
+        gate_up = torch.cat([self._gate_up(expert, x) for expert, x in zip(experts, inputs, strict=True)])
+        gate, up = gate_up.chunk(2, dim=-1)
+        inner = (F.silu(gate) * up).split([x.shape[0] for x in inputs])
+        return torch.cat([self._down(expert, x) for expert, x in zip(experts, inner, strict=True)])
+
+    def _gate_up(self, expert: int, x: Tensor) -> Tensor:
+        return self._packed[expert][0](x) if self._packed else F.linear(x, self.gate_up[expert])
+
+    def _down(self, expert: int, x: Tensor) -> Tensor:
+        return self._packed[expert][1](x) if self._packed else F.linear(x, self.down[expert])
 
     @property
     def is_packed(self) -> bool:

@@ -337,6 +337,18 @@ def test_a_seeded_reply_does_not_depend_on_the_batch(folder):
     assert tokens_of(drain(engine)["r"]) == alone
 
 
+def test_what_others_left_in_a_block_reaches_no_reply(folder):
+    prompts = [[3 + i] * length for i, length in enumerate((3, 5, 13, 14, 30))]
+    sampling = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    alone = [reply(tiny_engine(folder), prompt, sampling) for prompt in prompts]
+    engine = tiny_engine(folder)
+    engine.kv_cache.pool.fill_(float("nan"))
+    for i, prompt in enumerate(prompts):
+        engine.add(EngineRequest(str(i), prompt, sampling))
+    outputs = drain(engine)
+    assert [tokens_of(outputs[str(i)]) for i in range(len(prompts))] == alone
+
+
 # Prefixes and blocks held outside.
 
 
