@@ -14,6 +14,7 @@ import os
 import secrets
 import shutil
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,14 +25,18 @@ from urllib.parse import urlsplit
 
 import ray
 from ray import serve
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ServeDeploySchema
 
 from services.common.errors import InvalidSettings, Unavailable
-from services.common.settings import DecodeSettings, GatewaySettings, PrefillSettings, Settings, TokenizerSettings
+from services.common.settings import Settings
 from services.decode.deployment import DecodeDeployment
 from services.engine.hub import resolve_model
 from services.gateway.deployment import GatewayDeployment
 from services.prefill.deployment import PrefillDeployment
 from services.ray_environment import check_environment
+from services.scaling.serve_options import most_replicas, replica_options, serve_config
+from services.scaling.snapshot import Kind
 from services.sessions.embedded import EmbeddedServer
 from services.tokenizer.deployment import TokenizerDeployment
 
@@ -39,6 +44,7 @@ APP_NAME = "antiphon"
 OBJECT_STORE_BYTES = 100 * 2**20  # KV blocks do not go through it
 _HELPER_CPUS = 0.1  # of a gateway or tokenizer replica, for Ray's placement
 _SECRET_BYTES = 32
+_POLL_S = 0.1
 
 Progress = Callable[[str], None]
 
@@ -57,23 +63,28 @@ def application(args: dict[str, Any]) -> serve.Application:
     return build_app(Settings.from_mapping(args))
 
 
+def resolved_application(args: dict[str, Any]) -> serve.Application:
+    """The application of settings that the environment has overridden already."""
+    return build_app(Settings.from_mapping(args, {}))
+
+
 def build_app(settings: Settings) -> serve.Application:
     """The graph: gateway -> tokenizer, decode -> prefill. Raises InvalidSettings for what cannot work together."""
     check_environment(os.environ)
     if settings.sessions.store == "embedded" or settings.sessions.secret_file is None:
         raise InvalidSettings("sessions: a store that all replicas reach and a secret_file are needed")
     gateways = settings.gateway
-    if gateways.num_replicas > 1 and gateways.port and not (gateways.reuse_port or gateways.resources):
+    if most_replicas(Kind.GATEWAY, settings) > 1 and gateways.port and not (gateways.reuse_port or gateways.resources):
         raise InvalidSettings("gateway: several replicas need reuse_port, port 0, or resources that keep them apart")
     prefill = None
     if settings.prefill.enabled:
-        prefill = _scaled(PrefillDeployment, **_worker_options(settings.prefill)).bind(settings)
-    decode = _scaled(DecodeDeployment, **_worker_options(settings.decode)).bind(settings, prefill)
-    tokenizer = _scaled(TokenizerDeployment, **_helper_options(settings.tokenizer)).bind(settings)
+        prefill = _scaled(PrefillDeployment, **_worker_options(Kind.PREFILL, settings)).bind(settings)
+    decode = _scaled(DecodeDeployment, **_worker_options(Kind.DECODE, settings)).bind(settings, prefill)
+    tokenizer = _scaled(TokenizerDeployment, **_helper_options(Kind.TOKENIZER, settings)).bind(settings)
     gateway = _scaled(
         GatewayDeployment,
         graceful_shutdown_timeout_s=gateways.drain_timeout_s + 5,
-        **_helper_options(gateways),
+        **_helper_options(Kind.GATEWAY, settings),
     )
     graph: serve.Application = gateway.bind(settings, tokenizer, decode)
     return graph
@@ -155,9 +166,24 @@ def deployed(settings: Settings) -> Iterator[Any]:
 
 def _run(settings: Settings) -> Any:
     try:
+        if settings.autoscaling.enabled:
+            return _run_config(serve_config(settings, APP_NAME, "services.app:resolved_application"))
         return serve.run(build_app(settings), name=APP_NAME, route_prefix=None)
     except RuntimeError as error:  # a deployment that cannot start; the replica's own words are in the status
         raise Unavailable(f"the application did not start: {_first_message(error)}") from error
+
+
+def _run_config(config: dict[str, Any]) -> Any:
+    """As `serve run FILE` does: a policy for the application as a whole can only be given in a config."""
+    check_environment(os.environ)
+    client = _get_global_client()
+    assert client is not None
+    client.deploy_apps(ServeDeploySchema.model_validate(config))
+    while (status := serve.status().applications.get(APP_NAME)) is None or status.status != "RUNNING":
+        if status is not None and status.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+            raise RuntimeError(status.message)
+        time.sleep(_POLL_S)
+    return serve.get_app_handle(APP_NAME)
 
 
 def _first_message(error: RuntimeError) -> str:
@@ -176,38 +202,36 @@ def _scaled(deployment: Any, **options: Any) -> Any:
     return deployment.options(**options)
 
 
-def _worker_options(settings: PrefillSettings | DecodeSettings) -> dict[str, Any]:
+def _worker_options(kind: Kind, settings: Settings) -> dict[str, Any]:
+    section = settings.prefill if kind is Kind.PREFILL else settings.decode
+    actor_options = {"num_cpus": section.num_cpus, "num_gpus": section.num_gpus, "resources": section.resources}
     return {
-        "num_replicas": settings.num_replicas,
-        "max_ongoing_requests": settings.max_concurrent,
-        "ray_actor_options": {
-            "num_cpus": settings.num_cpus,
-            "num_gpus": settings.num_gpus,
-            "resources": settings.resources,
-        },
+        "max_ongoing_requests": section.max_concurrent,
+        "ray_actor_options": actor_options,
+        **replica_options(kind, settings),
     }
 
 
-def _helper_options(settings: GatewaySettings | TokenizerSettings) -> dict[str, Any]:
-    return {
-        "num_replicas": settings.num_replicas,
-        "ray_actor_options": {"num_cpus": _HELPER_CPUS, "resources": settings.resources},
-    }
+def _helper_options(kind: Kind, settings: Settings) -> dict[str, Any]:
+    section = settings.gateway if kind is Kind.GATEWAY else settings.tokenizer
+    actor_options = {"num_cpus": _HELPER_CPUS, "resources": section.resources}
+    return {"ray_actor_options": actor_options, **replica_options(kind, settings)}
 
 
 def _cpus_needed(settings: Settings) -> float:
-    workers = settings.decode.num_replicas * settings.decode.num_cpus
+    workers = most_replicas(Kind.DECODE, settings) * settings.decode.num_cpus
     if settings.prefill.enabled:
-        workers += settings.prefill.num_replicas * settings.prefill.num_cpus
-    return workers + _HELPER_CPUS * (settings.gateway.num_replicas + settings.tokenizer.num_replicas)
+        workers += most_replicas(Kind.PREFILL, settings) * settings.prefill.num_cpus
+    num_helpers = most_replicas(Kind.GATEWAY, settings) + most_replicas(Kind.TOKENIZER, settings)
+    return workers + _HELPER_CPUS * num_helpers
 
 
 def _resources_needed(settings: Settings) -> dict[str, float]:
     """The one machine of a local Ray offers whatever the replicas are placed by."""
     needed: dict[str, float] = defaultdict(float)
-    for section in (settings.gateway, settings.tokenizer, settings.prefill, settings.decode):
-        for name, amount in section.resources.items():
-            needed[name] += amount * section.num_replicas
+    for kind in Kind:
+        for name, amount in getattr(settings, kind.value).resources.items():
+            needed[name] += amount * most_replicas(kind, settings)
     return needed
 
 

@@ -21,10 +21,24 @@ def application_args(document: Any) -> Mapping[str, Any]:
         applications = document["applications"]
         if not isinstance(applications, list) or len(applications) != 1 or not isinstance(applications[0], dict):
             raise InvalidSettings("applications: exactly one application is needed")
-        document = applications[0].get("args") or {}
+        args = applications[0].get("args") or {}
+        _check_policy(applications[0], args)
+        document = args
     if not isinstance(document, dict):
         raise InvalidSettings("a mapping of sections is needed")
     return document
+
+
+def _check_policy(application: Mapping[str, Any], args: Any) -> None:
+    """A policy that decides by other settings than the replicas', or none at all, would be a silent mistake."""
+    scaling = args.get("autoscaling") if isinstance(args, dict) else None
+    is_enabled = isinstance(scaling, dict) and scaling.get("enabled", False)
+    policy = application.get("autoscaling_policy")
+    given = (policy.get("policy_kwargs") or {}).get("settings") if isinstance(policy, dict) else None
+    if is_enabled and given != args:
+        raise InvalidSettings("autoscaling_policy.policy_kwargs.settings: must be the application's args (an anchor)")
+    if policy is not None and not is_enabled:
+        raise InvalidSettings("autoscaling_policy: is there, but autoscaling.enabled is not set")
 
 
 def with_overrides(values: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from ray.serve.handle import DeploymentHandle
 
 from services.common.errors import AntiphonError, QueueFull, Unavailable
 from services.common.messages import Message, ModelInfo
+from services.common.process_load import ProcessLoad
 from services.common.settings import Settings
 from services.common.telemetry import Metrics, MetricsServer, configure_logging
 from services.engine.hub import resolve_model
@@ -44,6 +45,7 @@ class GatewayDeployment:
         replica = serve.get_replica_context().replica_id.unique_id
         configure_logging(settings.telemetry.log_level, "gateway", replica)
         self._settings = settings
+        self._load = ProcessLoad()
         encoder = TokenizerHandle(tokenizer)
         async with translated():
             info: ModelInfo = await decode.model_info.remote()
@@ -77,6 +79,10 @@ class GatewayDeployment:
     def address(self) -> str:
         """host:port of this replica's gRPC server."""
         return f"{self._settings.gateway.host}:{self._server.port}"
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Its load, for the scaling policy."""
+        return {"num_cpus": self._load.num_cpus(), "num_calls": float(self._server.num_turns)}
 
     def metrics_address(self) -> str:
         """host:port of this replica's /metrics."""

@@ -36,6 +36,7 @@ class GatewayServer:
         self._health = health.aio.HealthServicer()
         self._services: tuple[str, ...] = ()
         self._server: grpc.aio.Server | None = None
+        self._chat: ChatServicer | None = None
         self.port = 0
 
     async def start(self) -> None:
@@ -53,6 +54,7 @@ class GatewayServer:
             settings.max_concurrent_turns,
             settings.slow_client_timeout_s,
         )
+        self._chat = chat_servicer
         self._services = register(server, chat_servicer, SessionServicer(edge, self._sessions))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if settings.reflection:
@@ -63,6 +65,11 @@ class GatewayServer:
         self._server = server
         await self.set_serving(True)
         log.info("gateway listens on port %d", self.port)
+
+    @property
+    def num_turns(self) -> int:
+        """That run now."""
+        return self._chat.num_running_turns if self._chat is not None else 0
 
     async def set_serving(self, is_serving: bool) -> None:
         """What health says, for the server as a whole and for each service."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from ray import serve
 
 from services.common.messages import Message
+from services.common.process_load import ProcessLoad
 from services.common.settings import Settings
 from services.common.telemetry import configure_logging
 from services.engine.hub import resolve_model
@@ -20,8 +21,13 @@ class TokenizerDeployment:
 
     def __init__(self, settings: Settings) -> None:
         configure_logging(settings.telemetry.log_level, "tokenizer", serve.get_replica_context().replica_id.unique_id)
+        self._load = ProcessLoad()
         self._tokenizer = Tokenizer.from_folder(resolve_model(settings.model.path))
         self._encoder = ChatEncoder.from_tokenizer(self._tokenizer)
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Its load, for the scaling policy. Calls run one after another, so its CPU time says it all."""
+        return {"num_cpus": self._load.num_cpus(), "num_calls": 0.0}
 
     def template_digest(self) -> str:
         """SHA-256 of the chat template; a session is never continued with another one."""
