@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv test lint format protos bench demo constraints clean
+.PHONY: help venv test lint format protos manifests dashboards bench demo constraints clean
 
 help:  ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -38,6 +38,9 @@ format: venv  ## what the linter can mend by itself
 
 protos: venv  ## generated stubs from protos/
 	$(BIN)/python scripts/generate_protos.py
+
+manifests: venv  ## every overlay of k8s/ built and checked
+	$(BIN)/python -m tests.manifests
 
 constraints: venv  ## pin what the venv holds now
 	$(BIN)/pip freeze --exclude-editable | sed "s/+cpu//" > constraints.txt
