@@ -158,6 +158,19 @@ class BlockPool:
                 num_forgotten += 1
         return num_forgotten
 
+    def evict_first(self, hashes: Iterable[bytes]) -> int:
+        """Makes the unreferenced blocks with these hashes the next to be evicted, the last one first; says how many.
+
+        They stay findable until then: another sequence may share them.
+        """
+        num_moved = 0
+        for prefix_hash in hashes:
+            block_id = self._block_of.get(prefix_hash)
+            if block_id is not None and block_id in self._cached:
+                self._cached.move_to_end(block_id, last=False)
+                num_moved += 1
+        return num_moved
+
     def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
         """Raises AssertionError unless `tables` are exactly the references there are, and each block has one place."""
         expected: Counter[int] = Counter()

@@ -71,14 +71,16 @@ class EngineOutput:
 class EngineStats:
     """Load and speed now. Rates are moving averages in tokens a second, None until measured.
 
-    num_prefilled_tokens: computed as prompts since the start. num_evictable_blocks: of the free ones, those that hold
-    something that could be found.
+    num_running_tokens: of the sequences that run, computed or not; num_waiting_tokens: still to be computed, of those
+    that run or wait. num_prefilled_tokens: computed as prompts since the start. num_evictable_blocks: of the free ones,
+    those that hold something that could be found.
     """
 
     num_blocks: int
     num_free_blocks: int
     num_running: int
     num_waiting: int
+    num_running_tokens: int
     num_waiting_tokens: int
     num_preemptions: int
     prefill_tokens_per_s: float | None
@@ -269,6 +271,10 @@ class Engine:
         """Gives back blocks kept by `hold` or keeps_blocks."""
         self.pool.release(list(block_ids))
 
+    def evict_first(self, token_ids: ListLike[int], tenant_salt: bytes = b"") -> int:
+        """Blocks that hold KV of these tokens, and that nobody uses now, are evicted before all others; how many."""
+        return self.pool.evict_first(self.hasher(tenant_salt).hashes(list(token_ids)))
+
     def reserve(self, token_ids: ListLike[int], tenant_salt: bytes = b"") -> Reservation:
         """Blocks for the KV of all token_ids, those held here shared. Raises OutOfBlocks, InvalidRequest."""
         self._check_tokens("prompt", token_ids)
@@ -311,7 +317,7 @@ class Engine:
         scheduler, pool = self.scheduler, self.pool
         return EngineStats(
             pool.num_blocks, pool.num_free_blocks, scheduler.num_running, scheduler.num_waiting,
-            scheduler.num_waiting_tokens, scheduler.num_preemptions,
+            scheduler.num_running_tokens, scheduler.num_waiting_tokens, scheduler.num_preemptions,
             self._rates.prefill_tokens_per_s, self._rates.decode_tokens_per_s,
             self._rates.num_prefilled_tokens, pool.num_evictable_blocks,
         )  # fmt: skip

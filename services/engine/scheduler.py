@@ -106,6 +106,11 @@ class Scheduler:
         return sum(seq.num_uncomputed_tokens for queue in queues for seq in queue.values())
 
     @property
+    def num_running_tokens(self) -> int:
+        """Tokens of the running sequences: what each step has to read."""
+        return sum(seq.num_tokens for seq in self._running.values())
+
+    @property
     def num_reservations(self) -> int:
         """Reservations that are open."""
         return len(self._reservations)

@@ -114,6 +114,7 @@ class Heartbeat:
             num_free_blocks=stats.num_free_blocks,
             num_running=stats.num_running,
             num_waiting=stats.num_waiting,
+            num_running_tokens=stats.num_running_tokens,
             num_waiting_tokens=stats.num_waiting_tokens,
             prefill_tokens_per_s=stats.prefill_tokens_per_s,
             decode_tokens_per_s=stats.decode_tokens_per_s,

@@ -444,12 +444,14 @@ def test_stats_count_what_waits_and_runs(folder):
     engine.step()
     stats = engine.stats()
     assert (stats.num_running, stats.num_waiting) == (1, 1)
+    assert stats.num_running_tokens == 21
     assert stats.num_waiting_tokens == 1 + 20
     drain(engine)
     after = engine.stats()
     assert after.prefill_tokens_per_s > 0
     assert after.decode_tokens_per_s > 0
     assert (after.num_running, after.num_waiting, after.num_free_blocks) == (0, 0, 64)
+    assert after.num_running_tokens == 0
 
 
 def test_the_model_fingerprint_is_that_of_the_architecture(folder, tmp_path):
