@@ -17,7 +17,7 @@ from services.decode.worker import DecodeWorker
 from services.pb.antiphon.internal.v1 import decode_service_pb2 as pb
 from services.pb.antiphon.internal.v1 import decode_service_pb2_grpc
 from services.transfer.base import Identity
-from services.wire import values
+from services.wire import keepalive, values
 from services.wire.status import to_status
 
 log = logging.getLogger(__name__)
@@ -27,6 +27,7 @@ _OPTIONS: Final = (
     ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
     ("grpc.so_reuseport", 0),  # two replicas must never answer at one address
+    *keepalive.INTERNAL_SERVER,
 )
 
 
@@ -77,6 +78,19 @@ class DecodeServicer(decode_service_pb2_grpc.DecodeServiceServicer):
             await _abort(context, to_status(error, request.request_id))
             raise
 
+    async def Stop(self, request: pb.StopRequest, context: Any) -> pb.StopResponse:
+        """See DecodeService."""
+        self._worker.stop(request.call_id)
+        return pb.StopResponse()
+
+    async def Forget(self, request: pb.ForgetRequest, context: Any) -> pb.ForgetResponse:
+        """See DecodeService."""
+        if request.incarnation != self._incarnation or not request.token_ids:
+            return pb.ForgetResponse()
+        token_ids = tuple(request.token_ids)
+        num_blocks = await self._worker.forget(request.session_digest, token_ids, request.salt)
+        return pb.ForgetResponse(num_blocks=num_blocks)
+
     def _turn(self, request: pb.GenerateRequest) -> DecodeRequest:
         if request.incarnation != self._incarnation:
             raise Unavailable("another process has this address now")
@@ -98,6 +112,7 @@ class DecodeServicer(decode_service_pb2_grpc.DecodeServiceServicer):
             session_digest=request.session_digest,
             turn=request.turn,
             fence=request.fence,
+            call_id=request.call_id,
         )
 
 

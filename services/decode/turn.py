@@ -35,6 +35,7 @@ class DecodeRequest:
     """One turn. resumed_token_ids: reply tokens that the caller has already; they follow the prompt.
 
     fence: of the session's lease; session_digest is empty without a session. holders: others than this replica.
+    call_id: by which the caller may end the reply; empty if it will not.
     """
 
     request_id: str
@@ -46,6 +47,7 @@ class DecodeRequest:
     session_digest: str = ""
     turn: int = 0
     fence: int = 0
+    call_id: str = ""
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -233,12 +235,16 @@ class TurnRecord:
 
 @dataclass(slots=True)
 class Turn:
-    """A turn while it runs. reservation: None where the engine's own queue has to find the blocks."""
+    """A turn while it runs. reservation: None where the engine's own queue has to find the blocks.
+
+    is_stopped: the caller has found the end of the reply.
+    """
 
     request: DecodeRequest
     record: TurnRecord
     salt: bytes
     reservation: Reservation | None = None
+    is_stopped: bool = False
 
 
 def _runs(ends: Sequence[tuple[KvSource, str, int]], num_tokens: int) -> tuple[KvOrigin, ...]:

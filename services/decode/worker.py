@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 
 from services.common.errors import InvalidRequest, PromptTooLong, QueueFull, StaleLease
@@ -65,6 +65,7 @@ class DecodeWorker:
         self._metrics = metrics
         self._obtainer = Obtainer(exchange, facts.bytes_per_token, settings, peers, prefill)
         self._fences: OrderedDict[str, int] = OrderedDict()
+        self._turns: dict[str, Turn] = {}  # those that can be stopped, by call_id
 
     async def generate(self, request: DecodeRequest) -> AsyncGenerator[DecodeEvent]:
         """Admitted, then chunks, then finished. Closing it, or cancelling it, ends the turn and frees all it holds.
@@ -76,6 +77,8 @@ class DecodeWorker:
         # Without reuse a salt of its own keeps a turn from finding anything, also where its prompt is handed over.
         salt = request.salt if self._settings.reuse_history else request.salt + uuid.uuid4().bytes
         turn = Turn(request, TurnRecord(request, self._exchange.identity.replica_id), salt)
+        if request.call_id:
+            self._turns[request.call_id] = turn
         try:
             stats = await self._admit(turn)
             self._on_change()
@@ -89,10 +92,21 @@ class DecodeWorker:
                 async for event in events:
                     yield event
         finally:
+            self._turns.pop(request.call_id, None)
             if turn.reservation is not None:
                 self._exchange.give_back(turn.reservation)
             self._note_held(turn)
             self._on_change()
+
+    def stop(self, call_id: str) -> None:
+        """The caller has found the end of this reply: it ends with the next step, and says how it went."""
+        if turn := self._turns.get(call_id):
+            turn.is_stopped = True
+
+    async def forget(self, session_digest: str, token_ids: Sequence[int], salt: bytes) -> int:
+        """A session was deleted: blocks with its KV that nobody uses now are evicted first; how many there are."""
+        self._held.ended(session_digest, (), salt)
+        return await self._loop.call(lambda engine: engine.evict_first(token_ids, salt))
 
     # Before any work.
 
@@ -132,8 +146,9 @@ class DecodeWorker:
     async def _decode(self, turn: Turn) -> AsyncGenerator[TokenChunk | DecodeFinished]:
         request, record = turn.request, turn.record
         prefilled = record.prefilled
-        if prefilled is not None and (prefilled.is_stop or record.length_reached(self._facts.max_seq_len)):
-            yield self._finished(turn, FinishReason.STOP if prefilled.is_stop else FinishReason.LENGTH)
+        is_stop = turn.is_stopped or (prefilled is not None and prefilled.is_stop)
+        if is_stop or (prefilled is not None and record.length_reached(self._facts.max_seq_len)):
+            yield self._finished(turn, FinishReason.STOP if is_stop else FinishReason.LENGTH)
             return
         engine_request = EngineRequest(
             request_id=f"{request.request_id}/{uuid.uuid4().hex}",  # a turn may come again while its last try ends
@@ -149,8 +164,9 @@ class DecodeWorker:
                     raise output.error
                 if output.token_ids:
                     yield record.output(output, started_s)
-                if output.finish_reason is not None:
-                    yield self._finished(turn, output.finish_reason)
+                if output.finish_reason is not None or turn.is_stopped:
+                    yield self._finished(turn, output.finish_reason or FinishReason.STOP)
+                    return
 
     def _num_findable(self, turn: Turn) -> int:
         """Leading tokens of prompt and reply that stay findable here: full blocks, and the last token has no KV yet."""

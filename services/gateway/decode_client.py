@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, Collection
 from dataclasses import dataclass
 from typing import Any, cast
@@ -12,13 +14,18 @@ from services.common.errors import AntiphonError, Unavailable
 from services.gateway.status import error_from_rpc
 from services.pb.antiphon.internal.v1 import decode_service_pb2 as pb
 from services.pb.antiphon.internal.v1 import decode_service_pb2_grpc
+from services.wire import keepalive
 
 MAX_MESSAGE_BYTES = 64 * 2**20
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.enable_retries", 0),  # the pipeline retries, elsewhere
+    *keepalive.INTERNAL_CLIENT,
 )
+# A replica's own account of a turn that was stopped comes with its next step; without it the turn ends all the same.
+_ACCOUNT_TIMEOUT_S = 2.0
+_FORGET_TIMEOUT_S = 1.0
 
 
 @dataclass(slots=True)
@@ -33,6 +40,7 @@ class DecodeClient:
 
     def __init__(self) -> None:
         self._connections: dict[str, _Connection] = {}
+        self._stopped: dict[str, float] = {}  # call_id -> when to wait no longer, on the loop's clock
 
     async def generate(
         self, address: str, request: pb.GenerateRequest, timeout_s: float | None, traceparent: str | None
@@ -47,7 +55,7 @@ class DecodeClient:
         call = connection.stub.Generate(request, timeout=timeout_s, metadata=metadata)
         try:
             num_seen = 0
-            async for response in call:
+            while (response := await self._next(call, request.call_id)) is not grpc.aio.EOF:
                 if response.seq != num_seen:
                     raise Unavailable(f"message {response.seq} of the replica's stream came in place of {num_seen}")
                 num_seen += 1
@@ -59,7 +67,22 @@ class DecodeClient:
             raise _error_of(failed) from failed
         finally:
             call.cancel()  # no effect on a call that has ended
+            self._stopped.pop(request.call_id, None)
             connection.num_calls -= 1
+
+    async def stop(self, address: str, call_id: str) -> None:
+        """Ends the reply of a `generate` that runs: it soon gives `finished`, or raises Unavailable."""
+        self._stopped[call_id] = asyncio.get_running_loop().time() + _ACCOUNT_TIMEOUT_S
+        with contextlib.suppress(grpc.RpcError):
+            request = pb.StopRequest(call_id=call_id)
+            await self._connection(address).stub.Stop(request, timeout=_ACCOUNT_TIMEOUT_S)
+
+    async def forget(self, address: str, request: pb.ForgetRequest) -> None:
+        """Tells a replica of a deleted session. Raises Unavailable and the like; it costs the session nothing."""
+        try:
+            await self._connection(address).stub.Forget(request, timeout=_FORGET_TIMEOUT_S)
+        except grpc.RpcError as failed:
+            raise _error_of(failed) from failed
 
     async def forget_others(self, addresses: Collection[str]) -> None:
         """Closes the idle channels to every other address: replicas leave, and come again with a new one."""
@@ -72,6 +95,14 @@ class DecodeClient:
         while self._connections:
             _, connection = self._connections.popitem()
             await connection.channel.close()
+
+    async def _next(self, call: Any, call_id: str) -> Any:
+        """The next message, or grpc.aio.EOF."""
+        try:
+            async with asyncio.timeout_at(self._stopped.get(call_id)):
+                return await call.read()
+        except TimeoutError:
+            raise Unavailable("the replica has not said how a turn ended") from None
 
     def _connection(self, address: str) -> _Connection:
         connection = self._connections.get(address)

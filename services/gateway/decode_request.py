@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -44,6 +45,7 @@ def decode_request(
         num_history_tokens=history.num_tokens,
         num_resumed_tokens=num_resumed_tokens,
         sampling=values.sampling_to_proto(sampling),
+        call_id=secrets.token_hex(16),
         holders=[
             pb.KvHolder(
                 replica=each.holder.replica_id,

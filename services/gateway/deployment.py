@@ -21,6 +21,7 @@ from services.common.settings import Settings
 from services.common.telemetry import Metrics, MetricsServer, configure_logging
 from services.engine.hub import resolve_model
 from services.gateway.decode_client import DecodeClient
+from services.gateway.forgetting import Forgetting
 from services.gateway.pipeline import Pipeline, PipelineParts
 from services.gateway.replicas import Replicas
 from services.gateway.server import GatewayServer
@@ -56,14 +57,16 @@ class GatewayDeployment:
         keyspace = keyspace_of(settings.sessions)
         self._decode = DecodeClient()
         store = RedisSessionStore(self._redis, keyspace, settings.sessions.quota_bytes)
-        sessions = GatewaySessions(store, settings.sessions, model.name, template_digest)
+        replicas = Replicas(ReplicaRegistry(self._redis, keyspace), settings.sessions.registry_ttl_s, metrics)
+        forgetting = Forgetting(replicas, self._decode, keyspace)
+        sessions = GatewaySessions(store, settings.sessions, model.name, template_digest, forgetting)
         vocabulary = await asyncio.to_thread(lambda: Tokenizer.from_folder(resolve_model(settings.model.path)))
         parts = PipelineParts(
             settings=settings,
             keyspace=keyspace,
             store=store,
             sessions=sessions,
-            replicas=Replicas(ReplicaRegistry(self._redis, keyspace), settings.sessions.registry_ttl_s, metrics),
+            replicas=replicas,
             decode=self._decode,
             encoder=encoder,
             tokenizer=vocabulary,

@@ -116,14 +116,14 @@ class Pipeline:
                                 reply.admitted(message.admitted, route.record.replica_id)
                                 if attempts.admitted():
                                     yield self._started(turn, history, len(prompt), route, reply)
-                            elif kind == "chunk":
+                            elif kind == "chunk" and not reply.is_complete:
                                 computed()
                                 # 5. Text: whole characters, nothing of a stop string.
                                 delta = reply.push(message.chunk)
                                 watch.saw_token()
                                 yield delta
                                 if reply.has_stopped:
-                                    break  # leaving the block ends the sequence on the replica
+                                    await parts.decode.stop(route.record.address, request.call_id)
                             elif kind == "finished":
                                 reply.finished(message.finished)
                 except (Unavailable, Exhausted) as error:

@@ -78,8 +78,11 @@ class Reply:
 
     def finished(self, message: pb.Finished) -> None:
         """The replica has ended it, and says how it went."""
-        self.finish_reason = values.FINISH_REASONS.member(message.reason, "finished.reason")
-        self.num_computed_tokens = message.num_computed_tokens
+        if not self.has_stopped:
+            self.finish_reason = values.FINISH_REASONS.member(message.reason, "finished.reason")
+        # After a stop string the replica may be some tokens ahead. The last token is sampled, not yet computed.
+        most = self._num_prompt_tokens + len(self.token_ids) - 1
+        self.num_computed_tokens = min(message.num_computed_tokens, most)
         self.num_cached_tokens = message.usage.num_cached_tokens
         self.kv_origins = values.origins_from_proto(message.kv_origins)
         self.prefill_place = values.PREFILL_PLACES.member(message.prefill_place, "finished.prefill_place")

@@ -9,9 +9,18 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
-from services.common.errors import AntiphonError, InvalidRequest, NotFound, SessionBusy, StaleLease, Unavailable
+from services.common.errors import (
+    AntiphonError,
+    InvalidRequest,
+    NotFound,
+    QuotaExceeded,
+    SessionBusy,
+    StaleLease,
+    Unavailable,
+)
 from services.common.messages import SessionHolder, SessionInfo, SessionPage
 from services.common.settings import SessionSettings
+from services.gateway.forgetting import Forgetting
 from services.sessions.base import (
     MAX_PAGE_SIZE,
     Acquired,
@@ -27,13 +36,24 @@ from services.sessions.base import (
 log = logging.getLogger(__name__)
 
 _COMMIT_RETRY_DELAY_S = 0.2
+# A client that cancels a turn and comes again at once is faster than the end of the turn: it does not mean two at once.
+_BUSY_GRACE_S = 0.5
+_BUSY_RETRY_DELAY_S = 0.03
 
 
 class GatewaySessions:
     """Implements pipeline_api.Sessions. New sessions are of one model and one chat template."""
 
-    def __init__(self, store: SessionStore, settings: SessionSettings, model: str, template_digest: str) -> None:
+    def __init__(
+        self,
+        store: SessionStore,
+        settings: SessionSettings,
+        model: str,
+        template_digest: str,
+        forgetting: Forgetting,
+    ) -> None:
         self._store = store
+        self._forgetting = forgetting
         self._settings = settings
         self._model = model
         self._template_digest = template_digest
@@ -58,11 +78,14 @@ class GatewaySessions:
         return SessionPage(tuple(info_of(record) for record in page.sessions), page.next_page_token)
 
     async def delete(self, tenant: str, session: str) -> None:
-        """Raises NotFound, SessionBusy. A turn that begins between the two looks loses its session, and says so."""
-        record = await self._store.get(tenant, session)
-        if record.running_turn is not None:
-            raise SessionBusy(session, record.running_turn)
+        """Raises NotFound, SessionBusy. Whoever holds the session's KV hears of it."""
+        try:
+            acquired = await acquire(self._store, tenant, session, TurnStart(), self._settings.lease_ttl_s)
+        except QuotaExceeded:  # of a tenant above its quota all the more
+            acquired = None
         await self._store.delete(tenant, session)
+        if isinstance(acquired, Acquired):
+            await self._forgetting.forget(acquired)
 
     def check_same_model(self, record: SessionRecord) -> None:
         """Raises InvalidRequest for a session whose history another model or another chat template has written."""
@@ -141,7 +164,21 @@ class TurnLease:
 async def acquire(
     store: SessionStore, tenant: str, session: str, start: TurnStart, lease_ttl_s: float
 ) -> Acquired | AlreadyCommitted:
-    """store.acquire, and nothing stays held if the caller is cancelled meanwhile."""
+    """store.acquire, with a little patience for a turn that is just ending. Raises SessionBusy if it does not."""
+    give_up_s = time.monotonic() + _BUSY_GRACE_S
+    while True:
+        try:
+            return await _acquire_once(store, tenant, session, start, lease_ttl_s)
+        except SessionBusy:
+            if time.monotonic() >= give_up_s:
+                raise
+            await asyncio.sleep(_BUSY_RETRY_DELAY_S)
+
+
+async def _acquire_once(
+    store: SessionStore, tenant: str, session: str, start: TurnStart, lease_ttl_s: float
+) -> Acquired | AlreadyCommitted:
+    """Nothing stays held if the caller is cancelled meanwhile."""
     acquiring = asyncio.ensure_future(store.acquire(tenant, session, start, lease_ttl_s))
     try:
         return await asyncio.shield(acquiring)

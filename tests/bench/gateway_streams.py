@@ -29,6 +29,7 @@ from services.common.settings import Settings
 from services.common.telemetry import Metrics
 from services.engine.hub import resolve_model
 from services.gateway.decode_client import DecodeClient
+from services.gateway.forgetting import Forgetting
 from services.gateway.pipeline import Pipeline, PipelineParts
 from services.gateway.replicas import Replicas
 from services.gateway.server import GatewayServer
@@ -173,14 +174,15 @@ async def _gateway(store_url: str, decode_address: str) -> AsyncIterator[Gateway
         registry, store = ReplicaRegistry(client, keyspace), RedisSessionStore(client, keyspace)
         record = ReplicaRecord(Role.DECODE, "d", "d-1", 0.0, "m", "l", 16, 10**6, 10**6, address=decode_address)
         await registry.heartbeat(record, 3600.0)
-        sessions = GatewaySessions(store, settings.sessions, MODEL, template.template_digest)
-        decode = DecodeClient()
+        decode, replicas = DecodeClient(), Replicas(registry, 5.0, metrics)
+        forgetting = Forgetting(replicas, decode, keyspace)
+        sessions = GatewaySessions(store, settings.sessions, MODEL, template.template_digest, forgetting)
         parts = PipelineParts(
             settings=settings,
             keyspace=keyspace,
             store=store,
             sessions=sessions,
-            replicas=Replicas(registry, 5.0, metrics),
+            replicas=replicas,
             decode=decode,
             encoder=encoder,
             tokenizer=tokenizer,

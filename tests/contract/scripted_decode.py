@@ -19,6 +19,7 @@ from services.common.settings import Settings
 from services.common.telemetry import Metrics
 from services.engine.hub import resolve_model
 from services.gateway.decode_client import DecodeClient
+from services.gateway.forgetting import Forgetting
 from services.gateway.pipeline import Pipeline, PipelineParts
 from services.gateway.replicas import Replicas
 from services.gateway.sessions import GatewaySessions
@@ -38,7 +39,8 @@ class ScriptedReplica(decode_service_pb2_grpc.DecodeServiceServicer):
     """Replies with `reply`, a token a message, whichever replica it is: token i of a reply is always the same.
 
     dies_at: index of the token instead of which the call breaks off, once. is_full: refuses. hangs_at: waits for ever
-    instead of that token. Attributes: requests, num_open (calls that have not ended).
+    instead of that token, or until it is stopped (not if ignores_stop). Attributes: requests, forgotten, num_open
+    (calls that have not ended).
     """
 
     def __init__(self, name: str, reply: Sequence[int]) -> None:
@@ -47,6 +49,9 @@ class ScriptedReplica(decode_service_pb2_grpc.DecodeServiceServicer):
         self.dies_at: int | None = None
         self.hangs_at: int | None = None
         self.is_full = False
+        self.ignores_stop = False
+        self.forgotten: list[pb.ForgetRequest] = []
+        self._stopped = asyncio.Event()
         self.requests: list[pb.GenerateRequest] = []
         self.num_open = 0
         self.record: ReplicaRecord | None = None
@@ -60,6 +65,16 @@ class ScriptedReplica(decode_service_pb2_grpc.DecodeServiceServicer):
         async for response in self._events(request, context):
             yield response
 
+    async def Stop(self, request: pb.StopRequest, context: Any) -> pb.StopResponse:
+        assert request.call_id in [each.call_id for each in self.requests]
+        if not self.ignores_stop:
+            self._stopped.set()
+        return pb.StopResponse()
+
+    async def Forget(self, request: pb.ForgetRequest, context: Any) -> pb.ForgetResponse:
+        self.forgotten.append(request)
+        return pb.ForgetResponse(num_blocks=1)
+
     def _closed(self, context: Any) -> None:
         self.num_open -= 1
 
@@ -70,7 +85,8 @@ class ScriptedReplica(decode_service_pb2_grpc.DecodeServiceServicer):
         seq = 1
         for index in range(request.num_resumed_tokens, limit):
             if index == self.hangs_at:
-                await asyncio.Event().wait()
+                await self._stopped.wait()
+                break
             if index == self.dies_at:
                 self.dies_at = None
                 await context.abort(grpc.StatusCode.UNAVAILABLE, "Socket closed")
@@ -141,13 +157,14 @@ async def scripted_cluster(url: str, reply_text: str, names: str = "ab", **setti
         keyspace = fresh_keyspace()
         registry = ReplicaRegistry(client, keyspace)
         store = RedisSessionStore(client, keyspace)
-        decode = DecodeClient()
+        decode, known = DecodeClient(), Replicas(registry, 5.0, metrics)
+        forgetting = Forgetting(known, decode, keyspace)
         parts = PipelineParts(
             settings=chosen,
             keyspace=keyspace,
             store=store,
-            sessions=GatewaySessions(store, chosen.sessions, "demo", encoder.template_digest),
-            replicas=Replicas(registry, 5.0, metrics),
+            sessions=GatewaySessions(store, chosen.sessions, "demo", encoder.template_digest, forgetting),
+            replicas=known,
             decode=decode,
             encoder=InProcessEncoder(encoder, tokenizer),
             tokenizer=tokenizer,

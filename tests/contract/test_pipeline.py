@@ -190,6 +190,56 @@ async def test_stop_string_ends_the_sequence_and_is_not_in_the_text(cluster: Clu
     assert info.num_generated_tokens == len(token_ids) == finished.usage.num_generated_tokens
     assert info.holders[0].num_computed_tokens == finished.usage.num_prompt_tokens + len(token_ids) - 1
     assert not replica.requests[0].sampling.stop
+    # The replica's own account is there as of any other turn.
+    assert finished.timings.prefill_ms == 3.0
+    assert [(each.replica, each.num_tokens) for each in finished.kv_origins] == [
+        (finished.replica, finished.usage.num_prompt_tokens)
+    ]
+
+
+async def test_stop_string_ends_the_turn_also_if_the_replica_does_not_hear_of_it(cluster: Cluster) -> None:
+    for replica in cluster.replicas.values():
+        replica.hangs_at = len(replica.reply) - 2
+        replica.ignores_stop = True
+    _, text, _, finished = parts_of(await run(cluster, turn(session=None, stop=(" and all",))))
+    assert (text, finished.reason) == ("The fox took the lantern home,", FinishReason.STOP)
+    assert finished.num_resumes == 0
+    await soon(lambda: cluster.replicas[finished.replica].num_open == 0)
+
+
+async def test_deleting_a_session_tells_who_holds_it(cluster: Cluster) -> None:
+    await make_session(cluster)
+    _, _, token_ids, finished = parts_of(await run(cluster, turn()))
+    await cluster.parts.sessions.delete("acme", "s")
+    told = {name: replica.forgotten for name, replica in cluster.replicas.items() if replica.forgotten}
+    assert list(told) == [finished.replica]
+    (request,) = told[finished.replica]
+    assert len(request.token_ids) == finished.usage.num_prompt_tokens + len(token_ids)
+    generated = cluster.replicas[finished.replica].requests[0]
+    assert (request.salt, request.session_digest) == (generated.salt, generated.session_digest)
+    with pytest.raises(NotFound):
+        await cluster.parts.sessions.get("acme", "s")
+
+
+async def test_deleting_a_session_does_not_need_its_holder(cluster: Cluster) -> None:
+    await make_session(cluster)
+    _, _, _, finished = parts_of(await run(cluster, turn()))
+    await cluster.servers["ab".index(finished.replica)].stop(None)
+    await cluster.parts.sessions.delete("acme", "s")
+    with pytest.raises(NotFound):
+        await cluster.parts.sessions.get("acme", "s")
+
+
+async def test_a_turn_right_after_a_cancelled_one_waits_for_its_end(cluster: Cluster) -> None:
+    await make_session(cluster)
+    cluster.replicas["a"].hangs_at = cluster.replicas["b"].hangs_at = 2
+    first = asyncio.create_task(run(cluster, turn()))
+    await soon(lambda: cluster.replicas["a"].num_open + cluster.replicas["b"].num_open == 1)
+    second = asyncio.create_task(run(cluster, turn("And then?", max_tokens=2)))
+    await asyncio.sleep(0.1)
+    first.cancel()
+    started, *_ = parts_of(await second)
+    assert started.turn == 1
 
 
 @pytest.mark.parametrize("num_events", [1, 4])

@@ -19,8 +19,20 @@ from services.common.errors import (
     Unavailable,
 )
 from services.common.messages import FinishReason, PrefillPlace, SamplingParams
+from services.decode.turn import DecodeFinished, TokenChunk
 from services.engine.engine import Engine
-from tests.unit.replica_group import GREEDY, Group, held_by, one_process, prompt, request, running_group, tiny_engine
+from tests.unit.replica_group import (
+    GREEDY,
+    SALT,
+    Group,
+    Reply,
+    held_by,
+    one_process,
+    prompt,
+    request,
+    running_group,
+    tiny_engine,
+)
 
 
 @pytest.fixture(scope="module")
@@ -283,6 +295,37 @@ async def test_turns_at_once_are_the_same_as_one_after_another(oracle: Engine) -
                 assert not isinstance(reply, BaseException)
                 assert reply.token_ids == one_process(oracle, prompts[i // 2]).token_ids
         assert sum(isinstance(reply, OutOfBlocks) for reply in replies) < len(replies)
+
+
+async def test_a_stopped_reply_ends_with_an_account_of_all_that_went_before(group: Group) -> None:
+    worker, asked = group.workers["decode-a"], request(prompt(33, 60), call_id="call")
+    events = worker.generate(asked)
+    reply = Reply()
+    async for event in events:
+        if isinstance(event, TokenChunk):
+            reply.chunks.append(event)
+            if len(reply.chunks) == 3:
+                worker.stop("call")
+        elif isinstance(event, DecodeFinished):
+            reply.finished = event
+    assert reply.end.reason is FinishReason.STOP
+    assert 3 <= len(reply.token_ids) < 10
+    assert reply.origins == [("prefill", "prefill-a", 60)]
+    assert reply.end.timings.prefill_ms > 0
+    worker.stop("call")  # of a call that has ended: nothing
+
+
+async def test_blocks_of_a_forgotten_session_are_evicted_first(oracle: Engine) -> None:
+    async with running_group(num_blocks=12, remote_prefill="never") as group:
+        worker = group.workers["decode-a"]
+        kept, gone = prompt(34, 64), prompt(35, 64)
+        await group.turn(request(kept, session_digest="kept"))
+        await group.turn(request(gone, session_digest="gone"))  # used last: would be evicted last
+        assert await worker.forget("gone", gone, SALT) == 4
+        assert [each.digest for each in group.held["decode-a"].recent_first()] == ["kept"]
+        await group.turn(request(prompt(36, 100)))
+        assert group.first.engine.match(kept, SALT) == 64
+        assert group.first.engine.match(gone, SALT) < 64
 
 
 # Refused before any work.

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from services.pb.antiphon.v1 import types_pb2 as antiphon_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)antiphon/internal/v1/decode_service.proto\x12\x14\x61ntiphon.internal.v1\x1a\x17\x61ntiphon/v1/types.proto\"\xa8\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x16\n\x0esession_digest\x18\x03 \x01(\t\x12\x0c\n\x04turn\x18\x04 \x01(\r\x12\r\n\x05\x66\x65nce\x18\x05 \x01(\x04\x12\x0c\n\x04salt\x18\x06 \x01(\x0c\x12\x11\n\ttoken_ids\x18\x07 \x03(\r\x12\x1a\n\x12num_history_tokens\x18\x08 \x01(\r\x12\x1a\n\x12num_resumed_tokens\x18\t \x01(\r\x12-\n\x08sampling\x18\n \x01(\x0b\x32\x1b.antiphon.v1.SamplingParams\x12/\n\x07holders\x18\x0b \x03(\x0b\x32\x1e.antiphon.internal.v1.KvHolder\"^\n\x08KvHolder\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x1b\n\x13num_computed_tokens\x18\x03 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\"\xc3\x01\n\x10GenerateResponse\x12\x0b\n\x03seq\x18\x01 \x01(\r\x12\x32\n\x08\x61\x64mitted\x18\x02 \x01(\x0b\x32\x1e.antiphon.internal.v1.AdmittedH\x00\x12\x31\n\x05\x63hunk\x18\x03 \x01(\x0b\x32 .antiphon.internal.v1.TokenChunkH\x00\x12\x32\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x1e.antiphon.internal.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"B\n\x08\x41\x64mitted\x12\x19\n\x11num_cached_tokens\x18\x01 \x01(\r\x12\x1b\n\x13num_reserved_blocks\x18\x02 \x01(\r\"\x91\x01\n\nTokenChunk\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12,\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1a.antiphon.v1.TokenLogprobs\x12\x33\n\x0fprompt_logprobs\x18\x04 \x03(\x0b\x32\x1a.antiphon.v1.TokenLogprobs\"\x91\x02\n\x08\x46inished\x12)\n\x06reason\x18\x01 \x01(\x0e\x32\x19.antiphon.v1.FinishReason\x12!\n\x05usage\x18\x02 \x01(\x0b\x32\x12.antiphon.v1.Usage\x12%\n\x07timings\x18\x03 \x01(\x0b\x32\x14.antiphon.v1.Timings\x12)\n\nkv_origins\x18\x04 \x03(\x0b\x32\x15.antiphon.v1.KvOrigin\x12\x30\n\rprefill_place\x18\x05 \x01(\x0e\x32\x19.antiphon.v1.PrefillPlace\x12\x16\n\x0eprefill_reason\x18\x06 \x01(\t\x12\x1b\n\x13num_computed_tokens\x18\x07 \x01(\r2l\n\rDecodeService\x12[\n\x08Generate\x12%.antiphon.internal.v1.GenerateRequest\x1a&.antiphon.internal.v1.GenerateResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)antiphon/internal/v1/decode_service.proto\x12\x14\x61ntiphon.internal.v1\x1a\x17\x61ntiphon/v1/types.proto\"\xb9\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x16\n\x0esession_digest\x18\x03 \x01(\t\x12\x0c\n\x04turn\x18\x04 \x01(\r\x12\r\n\x05\x66\x65nce\x18\x05 \x01(\x04\x12\x0c\n\x04salt\x18\x06 \x01(\x0c\x12\x11\n\ttoken_ids\x18\x07 \x03(\r\x12\x1a\n\x12num_history_tokens\x18\x08 \x01(\r\x12\x1a\n\x12num_resumed_tokens\x18\t \x01(\r\x12-\n\x08sampling\x18\n \x01(\x0b\x32\x1b.antiphon.v1.SamplingParams\x12/\n\x07holders\x18\x0b \x03(\x0b\x32\x1e.antiphon.internal.v1.KvHolder\x12\x0f\n\x07\x63\x61ll_id\x18\x0c \x01(\t\"\x1e\n\x0bStopRequest\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\t\"\x0e\n\x0cStopResponse\"]\n\rForgetRequest\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12\x0c\n\x04salt\x18\x02 \x01(\x0c\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x16\n\x0esession_digest\x18\x04 \x01(\t\"$\n\x0e\x46orgetResponse\x12\x12\n\nnum_blocks\x18\x01 \x01(\r\"^\n\x08KvHolder\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x1b\n\x13num_computed_tokens\x18\x03 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\"\xc3\x01\n\x10GenerateResponse\x12\x0b\n\x03seq\x18\x01 \x01(\r\x12\x32\n\x08\x61\x64mitted\x18\x02 \x01(\x0b\x32\x1e.antiphon.internal.v1.AdmittedH\x00\x12\x31\n\x05\x63hunk\x18\x03 \x01(\x0b\x32 .antiphon.internal.v1.TokenChunkH\x00\x12\x32\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x1e.antiphon.internal.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"B\n\x08\x41\x64mitted\x12\x19\n\x11num_cached_tokens\x18\x01 \x01(\r\x12\x1b\n\x13num_reserved_blocks\x18\x02 \x01(\r\"\x91\x01\n\nTokenChunk\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12,\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1a.antiphon.v1.TokenLogprobs\x12\x33\n\x0fprompt_logprobs\x18\x04 \x03(\x0b\x32\x1a.antiphon.v1.TokenLogprobs\"\x91\x02\n\x08\x46inished\x12)\n\x06reason\x18\x01 \x01(\x0e\x32\x19.antiphon.v1.FinishReason\x12!\n\x05usage\x18\x02 \x01(\x0b\x32\x12.antiphon.v1.Usage\x12%\n\x07timings\x18\x03 \x01(\x0b\x32\x14.antiphon.v1.Timings\x12)\n\nkv_origins\x18\x04 \x03(\x0b\x32\x15.antiphon.v1.KvOrigin\x12\x30\n\rprefill_place\x18\x05 \x01(\x0e\x32\x19.antiphon.v1.PrefillPlace\x12\x16\n\x0eprefill_reason\x18\x06 \x01(\t\x12\x1b\n\x13num_computed_tokens\x18\x07 \x01(\r2\x90\x02\n\rDecodeService\x12[\n\x08Generate\x12%.antiphon.internal.v1.GenerateRequest\x1a&.antiphon.internal.v1.GenerateResponse0\x01\x12M\n\x04Stop\x12!.antiphon.internal.v1.StopRequest\x1a\".antiphon.internal.v1.StopResponse\x12S\n\x06\x46orget\x12#.antiphon.internal.v1.ForgetRequest\x1a$.antiphon.internal.v1.ForgetResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,17 +33,25 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'antiphon.internal.v1.decode
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GENERATEREQUEST']._serialized_start=93
-  _globals['_GENERATEREQUEST']._serialized_end=389
-  _globals['_KVHOLDER']._serialized_start=391
-  _globals['_KVHOLDER']._serialized_end=485
-  _globals['_GENERATERESPONSE']._serialized_start=488
-  _globals['_GENERATERESPONSE']._serialized_end=683
-  _globals['_ADMITTED']._serialized_start=685
-  _globals['_ADMITTED']._serialized_end=751
-  _globals['_TOKENCHUNK']._serialized_start=754
-  _globals['_TOKENCHUNK']._serialized_end=899
-  _globals['_FINISHED']._serialized_start=902
-  _globals['_FINISHED']._serialized_end=1175
-  _globals['_DECODESERVICE']._serialized_start=1177
-  _globals['_DECODESERVICE']._serialized_end=1285
+  _globals['_GENERATEREQUEST']._serialized_end=406
+  _globals['_STOPREQUEST']._serialized_start=408
+  _globals['_STOPREQUEST']._serialized_end=438
+  _globals['_STOPRESPONSE']._serialized_start=440
+  _globals['_STOPRESPONSE']._serialized_end=454
+  _globals['_FORGETREQUEST']._serialized_start=456
+  _globals['_FORGETREQUEST']._serialized_end=549
+  _globals['_FORGETRESPONSE']._serialized_start=551
+  _globals['_FORGETRESPONSE']._serialized_end=587
+  _globals['_KVHOLDER']._serialized_start=589
+  _globals['_KVHOLDER']._serialized_end=683
+  _globals['_GENERATERESPONSE']._serialized_start=686
+  _globals['_GENERATERESPONSE']._serialized_end=881
+  _globals['_ADMITTED']._serialized_start=883
+  _globals['_ADMITTED']._serialized_end=949
+  _globals['_TOKENCHUNK']._serialized_start=952
+  _globals['_TOKENCHUNK']._serialized_end=1097
+  _globals['_FINISHED']._serialized_start=1100
+  _globals['_FINISHED']._serialized_end=1373
+  _globals['_DECODESERVICE']._serialized_start=1376
+  _globals['_DECODESERVICE']._serialized_end=1648
 # @@protoc_insertion_point(module_scope)

@@ -40,6 +40,16 @@ class DecodeServiceStub:
                 request_serializer=antiphon_dot_internal_dot_v1_dot_decode__service__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=antiphon_dot_internal_dot_v1_dot_decode__service__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.Stop = channel.unary_unary(
+                '/antiphon.internal.v1.DecodeService/Stop',
+                request_serializer=antiphon_dot_internal_dot_v1_dot_decode__service__pb2.StopRequest.SerializeToString,
+                response_deserializer=antiphon_dot_internal_dot_v1_dot_decode__service__pb2.StopResponse.FromString,
+                _registered_method=True)
+        self.Forget = channel.unary_unary(
+                '/antiphon.internal.v1.DecodeService/Forget',
+                request_serializer=antiphon_dot_internal_dot_v1_dot_decode__service__pb2.ForgetRequest.SerializeToString,
+                response_deserializer=antiphon_dot_internal_dot_v1_dot_decode__service__pb2.ForgetResponse.FromString,
+                _registered_method=True)
 
 
 class DecodeServiceServicer:
@@ -55,6 +65,22 @@ class DecodeServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Stop(self, request, context):
+        """The reply of a running call ends here: the gateway has found a stop string. Its stream ends with finished, as of a
+        sequence that stopped by itself; tokens that were on their way come before it. A call that is not (any more) here
+        is no error.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Forget(self, request, context):
+        """A session was deleted: the KV of its tokens, where nobody else uses it now, is the first to be overwritten.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DecodeServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -62,6 +88,16 @@ def add_DecodeServiceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=antiphon_dot_internal_dot_v1_dot_decode__service__pb2.GenerateRequest.FromString,
                     response_serializer=antiphon_dot_internal_dot_v1_dot_decode__service__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Stop': grpc.unary_unary_rpc_method_handler(
+                    servicer.Stop,
+                    request_deserializer=antiphon_dot_internal_dot_v1_dot_decode__service__pb2.StopRequest.FromString,
+                    response_serializer=antiphon_dot_internal_dot_v1_dot_decode__service__pb2.StopResponse.SerializeToString,
+            ),
+            'Forget': grpc.unary_unary_rpc_method_handler(
+                    servicer.Forget,
+                    request_deserializer=antiphon_dot_internal_dot_v1_dot_decode__service__pb2.ForgetRequest.FromString,
+                    response_serializer=antiphon_dot_internal_dot_v1_dot_decode__service__pb2.ForgetResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -92,6 +128,60 @@ class DecodeService:
             '/antiphon.internal.v1.DecodeService/Generate',
             antiphon_dot_internal_dot_v1_dot_decode__service__pb2.GenerateRequest.SerializeToString,
             antiphon_dot_internal_dot_v1_dot_decode__service__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Stop(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/antiphon.internal.v1.DecodeService/Stop',
+            antiphon_dot_internal_dot_v1_dot_decode__service__pb2.StopRequest.SerializeToString,
+            antiphon_dot_internal_dot_v1_dot_decode__service__pb2.StopResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Forget(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/antiphon.internal.v1.DecodeService/Forget',
+            antiphon_dot_internal_dot_v1_dot_decode__service__pb2.ForgetRequest.SerializeToString,
+            antiphon_dot_internal_dot_v1_dot_decode__service__pb2.ForgetResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -40,6 +40,13 @@ class DecodeServiceStub:
     room; ABORTED if the fence is older than one the replica has seen. Cancelling the call ends the sequence; its
     deadline is the call's own. The trace travels in the metadata (traceparent).
     """
+    Stop: _grpc.UnaryUnaryMultiCallable[_decode_service_pb2.StopRequest, _decode_service_pb2.StopResponse]
+    """The reply of a running call ends here: the gateway has found a stop string. Its stream ends with finished, as of a
+    sequence that stopped by itself; tokens that were on their way come before it. A call that is not (any more) here
+    is no error.
+    """
+    Forget: _grpc.UnaryUnaryMultiCallable[_decode_service_pb2.ForgetRequest, _decode_service_pb2.ForgetResponse]
+    """A session was deleted: the KV of its tokens, where nobody else uses it now, is the first to be overwritten."""
 
 @_typing.type_check_only
 class DecodeServiceAsyncStub(DecodeServiceStub):
@@ -51,6 +58,13 @@ class DecodeServiceAsyncStub(DecodeServiceStub):
     room; ABORTED if the fence is older than one the replica has seen. Cancelling the call ends the sequence; its
     deadline is the call's own. The trace travels in the metadata (traceparent).
     """
+    Stop: _aio.UnaryUnaryMultiCallable[_decode_service_pb2.StopRequest, _decode_service_pb2.StopResponse]  # type: ignore[assignment]
+    """The reply of a running call ends here: the gateway has found a stop string. Its stream ends with finished, as of a
+    sequence that stopped by itself; tokens that were on their way come before it. A call that is not (any more) here
+    is no error.
+    """
+    Forget: _aio.UnaryUnaryMultiCallable[_decode_service_pb2.ForgetRequest, _decode_service_pb2.ForgetResponse]  # type: ignore[assignment]
+    """A session was deleted: the KV of its tokens, where nobody else uses it now, is the first to be overwritten."""
 
 class DecodeServiceServicer(metaclass=_abc_1.ABCMeta):
     """Runs sequences on one decode replica."""
@@ -65,5 +79,24 @@ class DecodeServiceServicer(metaclass=_abc_1.ABCMeta):
         room; ABORTED if the fence is older than one the replica has seen. Cancelling the call ends the sequence; its
         deadline is the call's own. The trace travels in the metadata (traceparent).
         """
+
+    @_abc_1.abstractmethod
+    def Stop(
+        self,
+        request: _decode_service_pb2.StopRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_decode_service_pb2.StopResponse, _abc.Awaitable[_decode_service_pb2.StopResponse]]:
+        """The reply of a running call ends here: the gateway has found a stop string. Its stream ends with finished, as of a
+        sequence that stopped by itself; tokens that were on their way come before it. A call that is not (any more) here
+        is no error.
+        """
+
+    @_abc_1.abstractmethod
+    def Forget(
+        self,
+        request: _decode_service_pb2.ForgetRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_decode_service_pb2.ForgetResponse, _abc.Awaitable[_decode_service_pb2.ForgetResponse]]:
+        """A session was deleted: the KV of its tokens, where nobody else uses it now, is the first to be overwritten."""
 
 def add_DecodeServiceServicer_to_server(servicer: DecodeServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
