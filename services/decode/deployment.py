@@ -35,7 +35,14 @@ from services.replica.deployment import (
     replica_call,
     replica_stream,
 )
-from services.replica.handover import HistoryOffer, HistoryRequest, PrefillLoad, PrefillRequest, PrefillResult
+from services.replica.handover import (
+    PING_S,
+    HistoryOffer,
+    HistoryRequest,
+    PrefillLoad,
+    PrefillRequest,
+    PrefillResult,
+)
 from services.replica.runtime import ReplicaRuntime, new_identity
 from services.sessions.registry import ReplicaRecord, ReplicaRegistry, Role
 from services.transfer.base import Identity
@@ -47,6 +54,7 @@ _HAND_OVER_S = 20.0
 _CALL_S = 2.0  # of a call to another replica, besides its work
 # While all prefill replicas are full or starting a call waits in Serve's queue; computing here is better then.
 _ACCEPT_TIMEOUT_S = 2.0
+_SILENCE_S = 5 * PING_S
 
 
 @serve.deployment(
@@ -238,12 +246,16 @@ class PrefillHandle:
             yield await self._result(responses)
 
     async def _result(self, responses: DeploymentResponseGenerator[Any]) -> PrefillResult:
+        is_taken = False
         try:
             await next_item(responses, _ACCEPT_TIMEOUT_S)
-            result: PrefillResult = await next_item(responses)
+            is_taken = True
+            result: PrefillResult | None = None
+            while result is None:
+                result = await next_item(responses, _SILENCE_S)
         except Unavailable as error:
             # None takes the call in time: they are full or gone, all of them.
-            is_late = isinstance(error.__cause__, TimeoutError)
+            is_late = not is_taken and isinstance(error.__cause__, TimeoutError)
             num_lost = self._load.num_replicas if is_late and self._load is not None else 1
             self._lost_until_s += [time.monotonic() + self._lost_for_s] * num_lost
             if is_late:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 
 from ray import serve
 
@@ -12,7 +13,7 @@ from services.common.settings import Settings
 from services.common.telemetry import configure_logging
 from services.prefill.worker import PrefillWorker
 from services.replica.deployment import HistoryHandle, rdt_transfer
-from services.replica.handover import PrefillRequest, PrefillResult
+from services.replica.handover import PING_S, PrefillRequest, PrefillResult
 from services.replica.runtime import ReplicaRuntime, new_identity
 from services.sessions.registry import Role
 
@@ -33,7 +34,8 @@ class PrefillDeployment:
         await self._runtime.register()
 
     async def run(self, request: PrefillRequest) -> AsyncIterator[PrefillResult | AntiphonError | None]:
-        """None at once (the call has been taken), then the result or why there is none.
+        """None at once (the call has been taken) and every second while it is computed; then the result, or why there
+        is none.
 
         The stream stays open until the caller ends it, which returns the blocks, so that a replica that drains waits
         for its readers; or until no read can begin any more.
@@ -41,7 +43,15 @@ class PrefillDeployment:
         yield None
         transfer = self._settings.transfer
         try:
-            async with self._worker.run(request) as result:
+            async with AsyncExitStack() as stack:
+                computing = asyncio.ensure_future(stack.enter_async_context(self._worker.run(request)))
+                try:
+                    while not (await asyncio.wait({computing}, timeout=PING_S))[0]:
+                        yield None
+                    result = computing.result()
+                finally:
+                    if computing.cancel():  # the caller has left
+                        await asyncio.wait({computing})
                 yield result
                 await asyncio.sleep(transfer.lease_ttl_s + transfer.fetch_timeout_s)
         except AntiphonError as error:

@@ -15,6 +15,9 @@ from typing import Protocol
 from services.common.messages import SamplingParams, TokenLogprobs
 from services.transfer.base import Identity, KVTicket
 
+# A prefill replica that computes says so this often: a prompt may take long, a replica that hangs says nothing.
+PING_S = 1.0
+
 
 @dataclass(frozen=True, slots=True)
 class HistoryRequest:
