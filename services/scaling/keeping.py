@@ -61,6 +61,6 @@ def leaving(replica: WorkerLoad, others: Sequence[WorkerLoad], settings: Autosca
 
 
 def _room(replica: WorkerLoad, settings: AutoscalingSettings) -> float:
-    """Blocks that it can take for sessions of another without giving up its own, or what its turns may need."""
-    reserve = (1 - settings.max_kv_usage) * replica.num_blocks
-    return replica.num_free_blocks - replica.num_session_blocks - reserve
+    """Blocks that it can take for sessions of another without giving up its own, or what its turns will need."""
+    after_scaling_down = settings.max_kv_usage * settings.down_margin * replica.num_blocks
+    return replica.num_blocks - max(replica.num_used_blocks, after_scaling_down) - replica.num_session_blocks

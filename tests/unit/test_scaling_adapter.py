@@ -1,4 +1,4 @@
-"""Between Serve, the registry and the decision: what is read, what is asked for, what happens when nothing can be read."""
+"""Between Serve, the registry and the decision: what is read, what is asked for, and what if nothing can be read."""
 
 from __future__ import annotations
 
