@@ -31,16 +31,16 @@ from services.transfer.rdt import RdtTransfer
 
 # 27 layers, 32 tokens of 512 + 64 numbers in bfloat16: 995,328 bytes.
 BLOCK_SHAPE = (27, 32, 576)
-BLOCK_SIZE = BLOCK_SHAPE[1]
+BLOCK_BYTES = torch.Size(BLOCK_SHAPE).numel() * 2
 
 
 class Replica:
     """A pool and its transfer. Times are in milliseconds."""
 
-    def __init__(self, seed: int, num_blocks: int, device: str) -> None:
+    def __init__(self, seed: int, num_blocks: int, device: str, block_shape: tuple[int, ...] = BLOCK_SHAPE) -> None:
         torch.manual_seed(seed)
         # Numbers of all magnitudes matter to a checksum no more than their bytes do.
-        self._pool = torch.randn(num_blocks, *BLOCK_SHAPE, device=device).to(torch.bfloat16)
+        self._pool = torch.randn(num_blocks, *block_shape, device=device).to(torch.bfloat16)
         self._digest = BlockDigest(self._pool)
         identity = Identity(f"replica-{seed}", str(os.getpid()))
         self._transfer = RdtTransfer(self._pool, model="bench", identity=identity, fetch_timeout_s=60.0)
@@ -57,7 +57,7 @@ class Replica:
         ticket = await self._transfer.publish(
             block_ids,
             first_token=0,
-            num_tokens=len(block_ids) * BLOCK_SIZE,
+            num_tokens=len(block_ids) * self._pool.shape[2],
             receiver_block_ids=receiver_block_ids,
             on_release=lambda _: None,
         )
@@ -83,7 +83,7 @@ class Replica:
     def copy_ms(self, block_ids: list[int]) -> float:
         """The same blocks copied within the process."""
         index = torch.tensor(block_ids, device=self._pool.device)
-        out = torch.empty(len(block_ids), *BLOCK_SHAPE, dtype=torch.bfloat16, device=self._pool.device)
+        out = self._pool.new_empty(len(block_ids), *self._pool.shape[1:])
         out.zero_()  # so that no page is touched for the first time below
         _synchronize(self._pool)
         begun = time.perf_counter()
@@ -116,7 +116,17 @@ def _synchronize(pool: torch.Tensor) -> None:
         torch.cuda.synchronize(pool.device)
 
 
-def measure(source: Any, target: Any, num_blocks: int, pool_blocks: int, *, is_scattered: bool, repeats: int) -> Any:
+def measure(
+    source: Any,
+    target: Any,
+    num_blocks: int,
+    pool_blocks: int,
+    *,
+    is_scattered: bool,
+    repeats: int,
+    block_bytes: int = BLOCK_BYTES,
+    beside_object_store: bool = True,
+) -> dict[str, Any]:
     """One row of the table: medians of `repeats` hand-overs after one that warms up."""
     if is_scattered:
         left, right = (random.Random(seed).sample(range(pool_blocks), num_blocks) for seed in (1, 2))
@@ -132,14 +142,16 @@ def measure(source: Any, target: Any, num_blocks: int, pool_blocks: int, *, is_s
         ray.get(source.release.remote(message["ticket"].ticket_id))
         row["digest_ms"] = ray.get(source.digest_ms.remote(left))
         row["copy_ms"] = ray.get(source.copy_ms.remote(left))
-        stored = ray.get(source.put_in_object_store.remote(left))
-        row["object_store_ms"] = stored["put_ms"] + ray.get(target.get_from_object_store.remote(stored, right))
-        del message, stored
+        if beside_object_store:
+            stored = ray.get(source.put_in_object_store.remote(left))
+            row["object_store_ms"] = stored["put_ms"] + ray.get(target.get_from_object_store.remote(stored, right))
+            del stored
+        del message
         rows.append(row)
     medians = {name: statistics.median(row[name] for row in rows[1:]) for name in rows[0]}
-    num_bytes = num_blocks * torch.Size(BLOCK_SHAPE).numel() * 2
+    num_bytes = num_blocks * block_bytes
     total_ms = medians["publish_ms"] + medians["read_ms"] + medians["verify_ms"]
-    return {
+    result = {
         "mb": num_bytes / 1e6,
         "is_scattered": is_scattered,
         **{name: round(value, 3) for name, value in medians.items()},
@@ -148,8 +160,10 @@ def measure(source: Any, target: Any, num_blocks: int, pool_blocks: int, *, is_s
         "read_gb_s": round(num_bytes / medians["read_ms"] / 1e6, 2),
         "digest_gb_s": round(num_bytes / medians["digest_ms"] / 1e6, 2),
         "times_a_copy": round(total_ms / medians["copy_ms"], 2),
-        "times_faster_than_object_store": round(medians["object_store_ms"] / total_ms, 2),
     }
+    if beside_object_store:
+        result["times_faster_than_object_store"] = round(medians["object_store_ms"] / total_ms, 2)
+    return result
 
 
 def main() -> None:
@@ -179,7 +193,7 @@ def main() -> None:
         "ray": ray.__version__,
         "torch": torch.__version__,
         "repeats": options.repeats,
-        "pool_mb": round(pool_blocks * torch.Size(BLOCK_SHAPE).numel() * 2 / 1e6),
+        "pool_mb": round(pool_blocks * BLOCK_BYTES / 1e6),
         "register_ms": [round(ms) for ms in register_ms],
         "rows": rows,
     }
