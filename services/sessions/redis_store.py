@@ -186,7 +186,7 @@ class RedisSessionStore:
         return reply
 
     async def _read_all(self, metas: Sequence[str]) -> tuple[SessionRecord, ...]:
-        async with reaching_store(), self._client.pipeline(transaction=False) as pipeline:
+        async with reaching_store(self._scripts.breaker), self._client.pipeline(transaction=False) as pipeline:
             pipeline.time()
             for key in metas:
                 pipeline.hgetall(key)

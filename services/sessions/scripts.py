@@ -12,6 +12,7 @@ from redis import exceptions as redis_errors
 from redis.asyncio import Redis
 
 from services.common.errors import Unavailable
+from services.sessions.breaker import Breaker
 
 # One call, retries and all. Longer than a lost packet, shorter than a failover: waiting on is for the caller to decide.
 OPERATION_TIMEOUT_S = 1.5
@@ -20,25 +21,33 @@ _UNAVAILABLE_REPLIES = ("MISCONF", "NOREPLICAS", "OOM", "READONLY", "LOADING", "
 
 
 class Scripts:
-    """The named scripts on one server. name: of the file in lua/, without its ending."""
+    """The named scripts on one server. name: of the file in lua/, without its ending.
+
+    While the server does not answer, calls fail at once (`breaker`).
+    """
 
     def __init__(self, client: Redis, names: Sequence[str], timeout_s: float = OPERATION_TIMEOUT_S) -> None:
         self._scripts = {name: client.register_script(_source(name)) for name in names}
         self._timeout_s = timeout_s
+        self.breaker = Breaker()
 
     async def run(self, name: str, keys: Sequence[str], args: Sequence[str | bytes | int]) -> Any:
         """What the script returns, undecoded. Raises Unavailable."""
-        async with reaching_store(self._timeout_s):
+        async with reaching_store(self.breaker, self._timeout_s):
             return await self._scripts[name](keys=keys, args=args)
 
 
 @contextlib.asynccontextmanager
-async def reaching_store(timeout_s: float = OPERATION_TIMEOUT_S) -> AsyncIterator[None]:
+async def reaching_store(breaker: Breaker, timeout_s: float = OPERATION_TIMEOUT_S) -> AsyncIterator[None]:
     """Around commands to Redis: raises Unavailable if it cannot be reached, or has not answered in time."""
     try:
-        async with asyncio.timeout(timeout_s):
-            yield
-    except (TimeoutError, OSError, redis_errors.ConnectionError, redis_errors.TimeoutError) as error:
+        with breaker.call():
+            try:
+                async with asyncio.timeout(timeout_s):
+                    yield
+            except (redis_errors.ConnectionError, redis_errors.TimeoutError) as error:
+                raise OSError(type(error).__name__) from error
+    except OSError as error:  # TimeoutError is one
         raise Unavailable(f"the session store cannot be reached ({type(error).__name__})") from error
     except redis_errors.ResponseError as error:
         if isinstance(error, _REFUSALS) or str(error).startswith(_UNAVAILABLE_REPLIES):
