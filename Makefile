@@ -31,6 +31,7 @@ lint: venv  ## style, types, who may import whom, generated code in sync
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/generate_protos.py --check
+	$(BIN)/python scripts/dashboards.py --check
 
 format: venv  ## what the linter can mend by itself
 	$(BIN)/ruff check --fix .
@@ -41,6 +42,9 @@ protos: venv  ## generated stubs from protos/
 
 manifests: venv  ## every overlay of k8s/ built and checked
 	$(BIN)/python -m tests.manifests
+
+dashboards: venv  ## Grafana dashboards and Prometheus rules from the table of metrics
+	$(BIN)/python scripts/dashboards.py
 
 constraints: venv  ## pin what the venv holds now
 	$(BIN)/pip freeze --exclude-editable | sed "s/+cpu//" > constraints.txt
