@@ -24,8 +24,14 @@ class Authenticator:
 
     def __init__(self, tokens: Mapping[str, str] | None, default_tenant: str) -> None:
         """tokens: token -> tenant; None: no authentication."""
-        self._digests = None if tokens is None else [(_digest(token), tenant) for token, tenant in tokens.items()]
+        self._digests: list[tuple[bytes, str]] | None = None
         self._default_tenant = default_tenant
+        if tokens is not None:
+            self.set_tokens(tokens)
+
+    def set_tokens(self, tokens: Mapping[str, str]) -> None:
+        """From now on these are the ones."""
+        self._digests = [(_digest(token), tenant) for token, tenant in tokens.items()]
 
     def tenant_of(self, authorization: str | None) -> str:
         """The tenant of an `authorization` header. Raises Unauthenticated.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import ssl
 from pathlib import Path
 
 import grpc
@@ -15,9 +17,12 @@ from services.common.telemetry import Metrics
 from services.gateway.auth import Authenticator, read_tokens
 from services.gateway.edge import Edge, EdgeInterceptor
 from services.gateway.pipeline_api import Sessions, Text, Turns
+from services.gateway.reloading import FileValue
 from services.gateway.servicers import ChatServicer, SessionServicer, register
 
 log = logging.getLogger(__name__)
+
+RELOAD_INTERVAL_S = 1.0
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -36,14 +41,19 @@ class GatewayServer:
         self._health = health.aio.HealthServicer()
         self._services: tuple[str, ...] = ()
         self._server: grpc.aio.Server | None = None
+        self._watcher: asyncio.Task[None] | None = None
+        self._tokens: FileValue[dict[str, str]] | None = None
+        self._certificates: FileValue[grpc.ServerCertificateConfiguration] | None = None
         self._chat: ChatServicer | None = None
         self.port = 0
 
     async def start(self) -> None:
         """Listens; health says SERVING from now on. Raises InvalidSettings if a file or the address cannot be used."""
         settings = self._settings
-        tokens = None if settings.auth_tokens_file is None else read_tokens(settings.auth_tokens_file)
-        authenticator = Authenticator(tokens, settings.default_tenant)
+        authenticator = Authenticator(None, settings.default_tenant)
+        if settings.auth_tokens_file is not None:
+            self._tokens = _tokens_in(settings.auth_tokens_file)
+            authenticator.set_tokens(self._tokens.value)
         server = grpc.aio.server(interceptors=[EdgeInterceptor(authenticator)], options=channel_options(settings))
         edge = Edge(authenticator, settings.default_deadline_s, self._metrics)
         chat_servicer = ChatServicer(
@@ -63,6 +73,7 @@ class GatewayServer:
         self.port = self._bind(server)
         await server.start()
         self._server = server
+        self._watcher = asyncio.create_task(self._watch_files(authenticator), name="secret files")
         await self.set_serving(True)
         log.info("gateway listens on port %d", self.port)
 
@@ -81,15 +92,27 @@ class GatewayServer:
         """Says NOT_SERVING, takes no new calls, lets running ones end within drain_timeout_s, then cancels them."""
         server, self._server = self._server, None
         if server is not None:
+            assert self._watcher is not None
+            self._watcher.cancel()
             await self._health.enter_graceful_shutdown()
             await server.stop(self._settings.drain_timeout_s)
+
+    async def _watch_files(self, authenticator: Authenticator) -> None:
+        while True:
+            await asyncio.sleep(RELOAD_INTERVAL_S)
+            if self._tokens is not None and self._tokens.refresh():
+                authenticator.set_tokens(self._tokens.value)
+                log.info("the bearer tokens were read again")
+            if self._certificates is not None and self._certificates.refresh():
+                log.info("the TLS files were read again")
 
     def _bind(self, server: grpc.aio.Server) -> int:
         host = f"[{self._settings.host}]" if ":" in self._settings.host else self._settings.host
         address = f"{host}:{self._settings.port}"
         try:
             if self._settings.tls is not None:
-                return server.add_secure_port(address, server_credentials(self._settings.tls))
+                self._certificates = _certificates_of(self._settings.tls)
+                return server.add_secure_port(address, _credentials(self._settings.tls, self._certificates))
             if self._settings.host not in _LOOPBACK:
                 log.warning("gateway is reachable from other machines without TLS")
             return server.add_insecure_port(address)
@@ -118,11 +141,33 @@ def channel_options(settings: GatewaySettings) -> list[tuple[str, int]]:
     ]
 
 
-def server_credentials(tls: TlsSettings) -> grpc.ServerCredentials:
-    """TLS from PEM files; mutual if there is a CA for clients. Raises InvalidSettings if one cannot be read."""
-    authority = None if tls.client_ca_file is None else _read("client_ca_file", tls.client_ca_file)
-    pair = (_read("key_file", tls.key_file), _read("cert_file", tls.cert_file))
-    return grpc.ssl_server_credentials([pair], authority, require_client_auth=authority is not None)
+def _tokens_in(path: Path) -> FileValue[dict[str, str]]:
+    return FileValue((path,), lambda: read_tokens(path))
+
+
+def _certificates_of(tls: TlsSettings) -> FileValue[grpc.ServerCertificateConfiguration]:
+    """The PEM files. Raises InvalidSettings if one cannot be read, or if key and certificate are not a pair."""
+    files = tuple(path for path in (tls.cert_file, tls.key_file, tls.client_ca_file) if path is not None)
+
+    def read() -> grpc.ServerCertificateConfiguration:
+        pair = (_read("key_file", tls.key_file), _read("cert_file", tls.cert_file))
+        authority = None if tls.client_ca_file is None else _read("client_ca_file", tls.client_ca_file)
+        try:
+            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(tls.cert_file, tls.key_file)
+        except (ssl.SSLError, OSError) as error:
+            raise InvalidSettings(f"gateway.tls: {tls.cert_file} and {tls.key_file} are not a pair") from error
+        return grpc.ssl_server_certificate_configuration([pair], authority)
+
+    return FileValue(files, read)
+
+
+def _credentials(
+    tls: TlsSettings, certificates: FileValue[grpc.ServerCertificateConfiguration]
+) -> grpc.ServerCredentials:
+    """Each handshake takes the certificate of then. Mutual if there is a CA for clients."""
+    return grpc.dynamic_ssl_server_credentials(
+        certificates.value, lambda: certificates.value, require_client_authentication=tls.client_ca_file is not None
+    )
 
 
 def _read(key: str, path: Path) -> bytes:

@@ -1,8 +1,9 @@
 """Who may call the edge: tokens and tenants, TLS and mutual TLS."""
 
+import asyncio
 import datetime
 import ipaddress
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from services.client import AsyncClient, ClientTls
 from services.common import errors
+from services.gateway import server as server_module
 from services.gateway.auth import Authenticator, read_tokens
 from tests.contract.echo_gateway import collect, running, text_of
 
@@ -187,6 +189,62 @@ async def test_tls_serves_who_trusts_the_certificate(authority: Callable[[str], 
             async with AsyncClient(edge.target, tls=tls) as client:
                 with pytest.raises(errors.Unavailable):
                     await client.model()
+
+
+async def test_rotated_certificates_are_served_without_a_restart(
+    authority: Callable[[str], Authority], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "RELOAD_INTERVAL_S", 0.02)
+    ours, newer = authority("ours"), authority("newer")
+    pair, replacement = ours.issue("server"), newer.issue("replacement")
+    async with running(tls=vars(pair)) as edge:
+
+        async def is_trusted(ca: Authority) -> bool:
+            async with AsyncClient(edge.target, tls=ClientTls(ca_file=ca.file), timeout_s=2.0) as client:
+                try:
+                    return (await client.model()).name == "echo"
+                except errors.Unavailable:
+                    return False
+
+        assert await is_trusted(ours)
+        pair.cert_file.write_bytes(replacement.cert_file.read_bytes())  # no pair yet: the old one is still served
+        await asyncio.sleep(0.1)
+        assert await is_trusted(ours)
+        pair.key_file.write_bytes(replacement.key_file.read_bytes())
+        await eventually(lambda: is_trusted(newer))
+        assert not await is_trusted(ours)
+
+
+async def test_rotated_tokens_are_in_force_without_a_restart(
+    tokens_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "RELOAD_INTERVAL_S", 0.02)
+    newer = "newer-token-0123456789"
+    async with running(auth_tokens_file=tokens_file) as edge:
+
+        async def is_let_in(token: str) -> bool:
+            async with AsyncClient(edge.target, token=token) as client:
+                try:
+                    return bool(await client.model())
+                except errors.Unauthenticated:
+                    return False
+
+        write_secret(tokens_file, "alice: [")  # half written: the old ones hold
+        await asyncio.sleep(0.1)
+        assert await is_let_in(ALICE)
+        write_secret(tokens_file, f"alice: {newer}")
+        await eventually(lambda: is_let_in(newer))
+        assert not await is_let_in(ALICE)
+        assert not await is_let_in(BOB)
+        tokens_file.unlink()
+        await asyncio.sleep(0.1)
+        assert await is_let_in(newer)
+
+
+async def eventually(condition: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(10):
+        while not await condition():
+            await asyncio.sleep(0.05)
 
 
 async def test_mutual_tls_serves_who_shows_a_certificate_of_the_ca(authority: Callable[[str], Authority]) -> None:
