@@ -7,7 +7,6 @@ hold becomes a view of that. Shapes: T tokens, D model, H heads, N nope, R rope,
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -115,16 +114,20 @@ class FusedModel:
 
         def mixture(x: Tensor) -> Tensor:
             side = self._beside if len(x) <= _FEW_TOKENS else None
-            added = None
-            if shared is not None:
-                if side is not None:
-                    side.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(side) if side is not None else nullcontext():
-                    added = shared(x)
+            if shared is None or side is None:
+                added = shared(x) if shared is not None else None
+                ids, weights = choose_experts(x, router.weight, router.e_score_correction_bias, self._routing)
+                return moe_experts(x, experts.gate_up, experts.down, ids, weights, up_scale, down_scale, rounds, added)
+            # The shared experts run beside the routed ones, which the router's choice, a short thing, comes before.
+            main = torch.cuda.current_stream()
+            side.wait_stream(main)
             ids, weights = choose_experts(x, router.weight, router.e_score_correction_bias, self._routing)
-            if side is not None:
-                torch.cuda.current_stream().wait_stream(side)
-            return moe_experts(x, experts.gate_up, experts.down, ids, weights, up_scale, down_scale, rounds, added)
+            with torch.cuda.stream(side):
+                added = shared(x)
+                is_added = side.record_event()
+            return moe_experts(
+                x, experts.gate_up, experts.down, ids, weights, up_scale, down_scale, rounds, added, is_added
+            )
 
         return mixture
 

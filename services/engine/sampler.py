@@ -14,16 +14,16 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from services.common.errors import NumericsError
 from services.common.messages import SamplingParams, TokenLogprobs
-from services.engine.noise import gumbel, stream_keys
+from services.engine.kernels.draw_tokens import draw
+from services.engine.noise import stream_key
 from services.engine.penalties import apply_logit_bias, apply_penalties, require_in_vocabulary
 
-NUM_CANDIDATES = 256  # truncation looks at so many best tokens first; sorting a whole vocabulary is the exception
-MIN_TEMPERATURE = 1e-5  # below it fp32 has no room for the quotient, and the best token has all the mass anyhow
 _LOGPROB_CHUNK_ROWS = 128
 
 
@@ -164,73 +164,19 @@ def _token_logprobs(logprobs_RV: Tensor, tokens_R: Tensor, counts: Sequence[int]
 
 def _draw(logits_RV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """Temperature, min-p, top-k, top-p and the draw; tokens [R]."""
-    device, vocab_size = logits_RV.device, logits_RV.shape[-1]
+    arrays = draw_arrays(rows, logits_RV.shape[-1])
+    parts = {name: torch.from_numpy(array).to(logits_RV.device) for name, array in arrays.items()}
+    return draw(logits_RV, *(parts[name] for name in ("temperature", "floor", "top_k", "top_p", "keys")))
+
+
+def draw_arrays(rows: Sequence[SamplingRow], vocab_size: int) -> dict[str, np.ndarray]:
+    """What `draw_tokens` wants to know of each row, by the names of `Draws`."""
     params = [row.params for row in rows]
-    temperature = torch.tensor([max(p.temperature, MIN_TEMPERATURE) for p in params], device=device)
-    # Subtracting the largest first keeps small temperatures finite, and makes min-p a comparison with log(min_p).
-    logits_RV = (logits_RV - logits_RV.amax(dim=-1, keepdim=True)) / temperature.unsqueeze(-1)
-    if any(p.min_p > 0.0 for p in params):
-        floor = torch.tensor([math.log(p.min_p) if p.min_p > 0.0 else -math.inf for p in params], device=device)
-        logits_RV = logits_RV.masked_fill(logits_RV < floor.unsqueeze(-1), -math.inf)
-    keys_R = stream_keys([(row.seed, row.position) for row in rows], device)
-    truncated = [i for i, p in enumerate(params) if 0 < p.top_k < vocab_size or p.top_p < 1.0]
-    whole = sorted(set(range(len(rows))) - set(truncated))
-    tokens_R = torch.empty(len(rows), dtype=torch.int64, device=device)
-    if whole:
-        index = torch.tensor(whole, device=device)
-        noise = gumbel(keys_R[index].unsqueeze(-1), torch.arange(vocab_size, device=device))
-        tokens_R[index] = noise.add_(logits_RV[index]).argmax(dim=-1)
-    if truncated:
-        index = torch.tensor(truncated, device=device)
-        top_k = torch.tensor([params[i].top_k or vocab_size for i in truncated], device=device)
-        top_p = torch.tensor([params[i].top_p for i in truncated], device=device)
-        tokens_R[index] = _draw_truncated(logits_RV[index], top_k, top_p, keys_R[index])
-    return tokens_R
-
-
-def _draw_truncated(logits_RV: Tensor, top_k_R: Tensor, top_p_R: Tensor, keys_R: Tensor) -> Tensor:
-    """Draw from the top-k / nucleus of each row; tokens [R].
-
-    The best NUM_CANDIDATES are enough if the kept set ends above the last of them; otherwise the row is sorted whole.
-    Which of the two happens depends on the row alone, and ties that reach the border are left to the sort, so the
-    kept set never depends on the order in which topk returns equal values.
-    """
-    vocab_size = logits_RV.shape[-1]
-    values_RC, ids_RC = logits_RV.topk(min(NUM_CANDIDATES, vocab_size), dim=-1)
-    ids_RC, order = ids_RC.sort(dim=-1)
-    values_RC, order = values_RC.gather(-1, order).sort(dim=-1, descending=True, stable=True)
-    ids_RC = ids_RC.gather(-1, order)
-    log_mass_R = logits_RV.logsumexp(dim=-1)
-    keep_RC = _kept(values_RC, top_k_R, top_p_R, log_mass_R, vocab_size)
-    tokens_R = _draw_among(values_RC, ids_RC, keep_RC, keys_R)
-    if values_RC.shape[-1] == vocab_size:
-        return tokens_R
-    last_kept_R = values_RC.masked_fill(~keep_RC, math.inf).amin(dim=-1)
-    is_cut_off_R = (last_kept_R <= values_RC[:, -1]) | ((top_k_R > NUM_CANDIDATES) & (top_k_R < vocab_size))
-    left_R = is_cut_off_R.nonzero().squeeze(-1)
-    if left_R.numel():
-        values_RV, ids_RV = logits_RV[left_R].sort(dim=-1, descending=True, stable=True)
-        keep_RV = _kept(values_RV, top_k_R[left_R], top_p_R[left_R], log_mass_R[left_R], vocab_size)
-        tokens_R[left_R] = _draw_among(values_RV, ids_RV, keep_RV, keys_R[left_R])
-    return tokens_R
-
-
-def _kept(values_RC: Tensor, top_k_R: Tensor, top_p_R: Tensor, log_mass_R: Tensor, vocab_size: int) -> Tensor:
-    """Which of the sorted values are in the top-k and in the nucleus of the top-k; bool [R, C].
-
-    log_mass_R: logsumexp of all the row's logits, the nucleus' whole where top-k does not cut.
-    """
-    rank_C = torch.arange(values_RC.shape[-1], device=values_RC.device)
-    is_top_RC = rank_C < top_k_R.unsqueeze(-1)
-    log_top_mass_R = values_RC.masked_fill(~is_top_RC, -math.inf).logsumexp(dim=-1)
-    log_mass_R = torch.where(top_k_R < vocab_size, log_top_mass_R, log_mass_R)
-    mass_RC = (values_RC - log_mass_R.unsqueeze(-1)).exp().cumsum(dim=-1)
-    mass_before_RC = torch.nn.functional.pad(mass_RC[:, :-1], (1, 0))
-    # Rounding can bring the sum to 1 early: top-p 1 is off, not a comparison.
-    is_nucleus_RC = (mass_before_RC < top_p_R.unsqueeze(-1)) | (top_p_R.unsqueeze(-1) >= 1.0)
-    return (is_top_RC & is_nucleus_RC & (values_RC > -math.inf)) | (rank_C == 0)
-
-
-def _draw_among(values_RC: Tensor, ids_RC: Tensor, keep_RC: Tensor, keys_R: Tensor) -> Tensor:
-    scores_RC = gumbel(keys_R.unsqueeze(-1), ids_RC).add_(values_RC).masked_fill_(~keep_RC, -math.inf)
-    return ids_RC.gather(-1, scores_RC.argmax(dim=-1, keepdim=True)).squeeze(-1)
+    floors = [math.log(p.min_p) if p.min_p > 0.0 else -math.inf for p in params]
+    return {
+        "keys": np.array([stream_key(row.seed, row.position) for row in rows], np.int64),
+        "temperature": np.array([p.temperature for p in params], np.float32),
+        "floor": np.array(floors, np.float32),
+        "top_p": np.array([p.top_p for p in params], np.float32),
+        "top_k": np.array([min(p.top_k or vocab_size, vocab_size) for p in params], np.int32),
+    }

@@ -13,9 +13,9 @@ from transformers.generation import logits_process as hf
 
 from services.common.errors import InvalidRequest, NumericsError
 from services.common.messages import SamplingParams
+from services.engine.kernels.draw_tokens import NUM_CANDIDATES
 from services.engine.noise import gumbel, stream_key, stream_keys
 from services.engine.sampler import (
-    NUM_CANDIDATES,
     Sampler,
     SamplingRow,
     check_vocabulary,

@@ -14,8 +14,10 @@ import triton.language as tl
 from services.engine.kernels.choose_experts import Routing
 
 # Up to here our own product is the faster one.
-FEW_TOKENS = 128
-BLOCK_T, BLOCK_E, BLOCK_D = 16, 16, 128
+FEW_TOKENS = 512
+BLOCK_T, BLOCK_E, BLOCK_D = 16, 32, 128
+# Programs that keep the card busy: the model's width is split among them.
+PROGRAMS = 256
 
 
 def choose_experts_triton(
@@ -34,7 +36,9 @@ def choose_experts_triton(
         bias if bias is not None else logits,
         ids,
         weights,
+        num_tokens,
         routing.factor,
+        SPLITS=logits.shape[0],
         EXPERTS=num_experts,
         CHOSEN=routing.num_chosen,
         IS_SIGMOID=routing.is_sigmoid,
@@ -51,41 +55,44 @@ def choose_experts_triton(
 
 
 def _scores(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """[splits, T, E] fp32: logits, as parts to be added up."""
     num_tokens, num_experts = x.shape[0], weight.shape[0]
     if num_tokens > FEW_TOKENS:
-        return F.linear(x.float(), weight)
-    logits = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=x.device)
+        return F.linear(x.float(), weight).unsqueeze(0)
     if num_tokens == 1:
-        _one_row[(triton.cdiv(num_experts, 2),)](
-            x, weight, logits, num_experts, SIZE=x.shape[1], BLOCK_E=2, BLOCK_D=1024, num_warps=4
-        )
-    else:
-        _few_rows[(triton.cdiv(num_tokens, BLOCK_T), triton.cdiv(num_experts, BLOCK_E))](
-            x,
-            weight,
-            logits,
-            num_tokens,
-            num_experts,
-            SIZE=x.shape[1],
-            BLOCK_T=BLOCK_T,
-            BLOCK_E=BLOCK_E,
-            BLOCK_D=BLOCK_D,
-            num_warps=4,
-            num_stages=4,
-        )
+        logits = torch.empty(1, 1, num_experts, dtype=torch.float32, device=x.device)
+        _one_row[(num_experts,)](x, weight, logits, SIZE=x.shape[1], BLOCK_D=1024, num_warps=4)
+        return logits
+    num_tiles = triton.cdiv(num_tokens, BLOCK_T) * triton.cdiv(num_experts, BLOCK_E)
+    num_steps = triton.cdiv(x.shape[1], BLOCK_D)
+    splits = triton.next_power_of_2(max(1, min(PROGRAMS // num_tiles, num_steps)))
+    logits = torch.empty(splits, num_tokens, num_experts, dtype=torch.float32, device=x.device)
+    _few_rows[(triton.cdiv(num_tokens, BLOCK_T), triton.cdiv(num_experts, BLOCK_E), splits)](
+        x,
+        weight,
+        logits,
+        num_tokens,
+        num_experts,
+        triton.cdiv(num_steps, splits),
+        SIZE=x.shape[1],
+        BLOCK_T=BLOCK_T,
+        BLOCK_E=BLOCK_E,
+        BLOCK_D=BLOCK_D,
+        num_warps=4,
+        num_stages=3,
+    )
     return logits
 
 
 @triton.jit
-def _one_row(x, weight, logits, num_experts, SIZE: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr):
-    e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
-    acc = tl.zeros([BLOCK_E, BLOCK_D], tl.float32)
-    for start in tl.range(0, SIZE, BLOCK_D):
+def _one_row(x, weight, logits, SIZE: tl.constexpr, BLOCK_D: tl.constexpr):
+    expert = tl.program_id(0)
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    for start in tl.static_range(0, SIZE, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
-        mask = (e[:, None] < num_experts) & (d[None, :] < SIZE)
-        w = tl.load(weight + e[:, None] * SIZE + d[None, :], mask=mask, other=0.0)
-        acc += w * tl.load(x + d, mask=d < SIZE, other=0.0).to(tl.float32)[None, :]
-    tl.store(logits + e, tl.sum(acc, 1), mask=e < num_experts)
+        w = tl.load(weight + expert * SIZE + d, mask=d < SIZE, other=0.0)
+        acc += w * tl.load(x + d, mask=d < SIZE, other=0.0).to(tl.float32)
+    tl.store(logits + expert, tl.sum(acc, 0))
 
 
 @triton.jit
@@ -95,23 +102,27 @@ def _few_rows(
     logits,
     num_tokens,
     num_experts,
+    steps_a_split,
     SIZE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """A part of the width. Three tf32 products have the digits of one in fp32."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    split = tl.program_id(2)
     acc = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
-    for start in tl.range(0, SIZE, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
+    for step in range(split * steps_a_split, (split + 1) * steps_a_split):
+        d = step * BLOCK_D + tl.arange(0, BLOCK_D)
         a_mask = (t[:, None] < num_tokens) & (d[None, :] < SIZE)
         a = tl.load(x + t[:, None] * SIZE + d[None, :], mask=a_mask, other=0.0).to(tl.float32)
         b_mask = (e[None, :] < num_experts) & (d[:, None] < SIZE)
         b = tl.load(weight + e[None, :] * SIZE + d[:, None], mask=b_mask, other=0.0)
-        acc = tl.dot(a, b, acc, input_precision="ieee")
+        acc = tl.dot(a, b, acc, input_precision="tf32x3")
     mask = (t[:, None] < num_tokens) & (e[None, :] < num_experts)
-    tl.store(logits + t[:, None] * num_experts + e[None, :], acc, mask=mask)
+    at = (split * num_tokens + t[:, None]) * num_experts + e[None, :]
+    tl.store(logits + at, acc, mask=mask)
 
 
 @triton.jit
@@ -120,7 +131,9 @@ def _choose(
     bias,
     ids,
     weights,
+    num_tokens,
     factor,
+    SPLITS: tl.constexpr,
     EXPERTS: tl.constexpr,
     CHOSEN: tl.constexpr,
     IS_SIGMOID: tl.constexpr,
@@ -136,7 +149,9 @@ def _choose(
     row = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, EXPERTS_POW2)
     is_expert = e < EXPERTS
-    logit = tl.load(logits + row * EXPERTS + e, mask=is_expert, other=float("-inf"))
+    s = tl.arange(0, SPLITS)[:, None]
+    parts = tl.load(logits + (s * num_tokens + row) * EXPERTS + e[None, :], mask=is_expert[None, :], other=0.0)
+    logit = tl.where(is_expert, tl.sum(parts, 0), float("-inf"))
     if IS_SIGMOID:
         score = tl.sigmoid(logit)
     else:
@@ -152,13 +167,15 @@ def _choose(
     chosen = tl.zeros([CHOSEN_POW2], tl.int32)
     chosen_score = tl.zeros([CHOSEN_POW2], tl.float32)
     for i in tl.static_range(CHOSEN):
-        # NaN compares with nothing: a broken token still gets experts that exist.
         best = tl.argmax(choice, 0)
         chosen = tl.where(k == i, best, chosen)
         chosen_score = tl.where(k == i, tl.sum(tl.where(e == best, score, 0.0), 0), chosen_score)
         choice = tl.where(e == best, float("-inf"), choice)
+    # A sum that is NaN, whichever expert was taken.
+    chosen_score += 0.0 * tl.sum(tl.where(is_expert, score, 0.0), 0)
     if NORMS:
         chosen_score = chosen_score / (tl.sum(chosen_score, 0) + 1e-20)
+    # NaN compares with nothing: a broken token still gets experts that exist.
     tl.store(ids + row * CHOSEN + k, tl.minimum(chosen, EXPERTS - 1), mask=k < CHOSEN)
     tl.store(weights + row * CHOSEN + k, chosen_score * factor, mask=k < CHOSEN)
 

@@ -22,13 +22,14 @@ def moe_experts(
     down_scale: torch.Tensor | None = None,
     round_scales_to_power_of_two: bool = False,
     added: torch.Tensor | None = None,
+    is_added: torch.cuda.Event | None = None,
 ) -> torch.Tensor:
     """sum_k topk_weights[t, k] * down(silu(gate(x)) * up(x)) of expert topk_ids[t, k]: x [T, D] to [T, D] in x's dtype.
 
     `gate_up` is [E, 2M, D] (gate's rows first), `down` [E, D, M], `topk_ids` [T, K] int, `topk_weights` [T, K] fp32.
     Weights are x's dtype, or e4m3 with both scales given (`down_scale` [E, ceil(D / 128), ceil(M / 128)]); then
     activations are quantised as in `fp8_linear`. `added` [T, D], the shared experts' output, joins the sum over K,
-    which is in fp32.
+    which is in fp32; `is_added`: what to wait for before it may be read, where another stream computes it.
     On CUDA nothing is read back to the host, so the call can be captured in a graph.
     """
     scales = (gate_up_scale, down_scale, round_scales_to_power_of_two)
@@ -36,7 +37,7 @@ def moe_experts(
     if x.is_cuda:
         from services.engine.kernels.moe_experts_triton import moe_experts_triton
 
-        return moe_experts_triton(*arguments)
+        return moe_experts_triton(*arguments, is_added)
     return moe_experts_reference(*arguments)
 
 

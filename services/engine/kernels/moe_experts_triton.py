@@ -54,6 +54,7 @@ def moe_experts_triton(
     down_scale: torch.Tensor | None,
     round_scales_to_power_of_two: bool,
     added: torch.Tensor | None = None,
+    is_added: torch.cuda.Event | None = None,
     cut: Cut | None = None,
 ) -> torch.Tensor:
     """See `moe_experts`."""
@@ -69,6 +70,8 @@ def moe_experts_triton(
     rounds = round_scales_to_power_of_two
     _grouped(x.contiguous(), gate_up, gate_up_scale, hidden, blocks, num_chosen, cut, rounds, is_gate_up=True)
     _grouped(hidden, down, down_scale, outputs, blocks, 1, cut, rounds, is_gate_up=False)
+    if is_added is not None:
+        torch.cuda.current_stream().wait_event(is_added)
     block_d = min(1024, triton.next_power_of_2(model))
     _sum_chosen[(num_tokens, triton.cdiv(model, block_d))](
         outputs,
