@@ -138,7 +138,9 @@ def _num_blocks(engine: EngineSettings, layout: KVLayout, device: torch.device) 
     budget = engine.kv_cache_bytes
     if budget is None and device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        budget = int(free - (1 - engine.memory_fraction) * total) - _GPU_SPARE_BYTES
+        # Its own share of the whole: what other replicas of this GPU take is theirs, unless little is left.
+        share = engine.memory_fraction * total - torch.cuda.memory_reserved(device)
+        budget = int(min(share, free)) - _GPU_SPARE_BYTES
     num_blocks = (_CPU_CACHE_BYTES if budget is None else budget) // layout.bytes_per_block
     if num_blocks < 1:
         raise InvalidSettings(
