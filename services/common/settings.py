@@ -163,11 +163,19 @@ class SessionSettings(_Section):
     )
     url: str | None = Field(
         default=None,
-        description="redis:// or rediss:// URL, without password (store: redis; for sentinel: user and database).",
+        description="redis:// or rediss:// URL, without password. store sentinel: user, database and TLS alone count.",
     )
     password_file: Path | None = Field(default=None, description="File with the store's password.")
     tls_ca_file: Path | None = Field(default=None, description="CA of the store's certificate (rediss).")
+    tls_cert_file: Path | None = Field(
+        default=None, description="Our own certificate, for a store that asks for one (with tls_key_file)."
+    )
+    tls_key_file: Path | None = Field(default=None, description="The key of tls_cert_file.")
     sentinels: tuple[str, ...] = Field(default=(), description="host:port of each Sentinel (store: sentinel).")
+    sentinel_username: str | None = Field(default=None, description="ACL user at the Sentinels.")
+    sentinel_password_file: Path | None = Field(
+        default=None, description="File with the Sentinels' password; TLS as for the store."
+    )
     sentinel_master: str = Field(default="antiphon", description="Name of the master that the Sentinels watch.")
     data_dir: Path | None = Field(
         default=None, description="Directory of the embedded store. Not set: a temporary one."
@@ -195,6 +203,8 @@ class SessionSettings(_Section):
             raise ValueError("store redis needs url")
         if self.store == "sentinel" and not self.sentinels:
             raise ValueError("store sentinel needs sentinels")
+        if (self.tls_cert_file is None) != (self.tls_key_file is None):
+            raise ValueError("tls_cert_file and tls_key_file are needed together")
         if self.heartbeat_s * 2 > self.registry_ttl_s:
             raise ValueError("registry_ttl_s must be at least twice heartbeat_s")
         if self.ttl_s > self.max_ttl_s:

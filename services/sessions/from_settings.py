@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import hmac
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 from services.common.errors import InvalidSettings
 from services.common.settings import SessionSettings
@@ -23,13 +25,26 @@ def redis_settings(settings: SessionSettings) -> RedisSettings:
         raise InvalidSettings(
             "sessions.store: embedded is started by `antiphon serve`; elsewhere give redis and its url"
         )
+    secrets = {name: _secret(name, getattr(settings, name)) for name in ("password_file", "sentinel_password_file")}
+    common: dict[str, Any] = {
+        "password": secrets["password_file"],
+        "ca_file": _text(settings.tls_ca_file),
+        "cert_file": _text(settings.tls_cert_file),
+        "key_file": _text(settings.tls_key_file),
+        "timeout_s": settings.timeout_s,
+    }
+    if settings.store == "redis":
+        return RedisSettings(url=settings.url, **common)
+    url = urlsplit(settings.url or "")
     return RedisSettings(
-        url=None if settings.store == "sentinel" else settings.url,
-        sentinels=tuple(_host_and_port(each) for each in settings.sentinels) if settings.store == "sentinel" else (),
+        sentinels=tuple(_host_and_port(each) for each in settings.sentinels),
         master_name=settings.sentinel_master,
-        password=None if settings.password_file is None else _read("password_file", settings.password_file).decode(),
-        ca_file=None if settings.tls_ca_file is None else str(settings.tls_ca_file),
-        timeout_s=settings.timeout_s,
+        username=url.username,
+        db=_database(url.path),
+        is_tls=url.scheme == "rediss",
+        sentinel_username=settings.sentinel_username,
+        sentinel_password=secrets["sentinel_password_file"],
+        **common,
     )
 
 
@@ -44,6 +59,21 @@ def tenant_salt(keyspace: Keyspace, tenant: str) -> bytes:
     """16 secret bytes that seed the tenant's prefix hashes: tenants never share a KV block."""
     message = b"antiphon.prefix-salt\0" + tenant.encode("utf-8", "surrogatepass")
     return hmac.digest(keyspace.secret, message, hashlib.sha256)[:SALT_BYTES]
+
+
+def _database(path: str) -> int:
+    number = path.strip("/") or "0"
+    if not number.isdecimal():
+        raise InvalidSettings(f"sessions.url: the database is a number, got {number!r}")
+    return int(number)
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def _secret(key: str, path: Path | None) -> str | None:
+    return None if path is None else _read(key, path).decode()
 
 
 def _host_and_port(text: str) -> tuple[str, int]:

@@ -22,9 +22,11 @@ from redis.exceptions import NoPermissionError
 
 from services.common.errors import InvalidSettings, SessionBusy, Unavailable
 from services.common.messages import FinishReason
+from services.common.settings import SessionSettings
 from services.sessions.base import Acquired, Holder, SessionStore, TurnRecord, TurnStart
 from services.sessions.connect import ACL_COMMANDS, RedisSettings, connect
 from services.sessions.embedded import EmbeddedServer
+from services.sessions.from_settings import redis_settings
 from services.sessions.redis_store import RedisSessionStore
 from services.sessions.registry import ReplicaRecord, ReplicaRegistry, Role
 from tests.redis_servers import KINDS, binary_of, connected, free_port, fresh_keyspace, running_server
@@ -190,7 +192,8 @@ async def test_tls_lets_in_who_trusts_and_is_trusted(tmp_path: Path, must_prove_
     proof = {"cert_file": str(tmp_path / "client.pem"), "key_file": str(tmp_path / "client.key")}
     keyspace = fresh_keyspace()
     with spawned(binary_of("debian"), config, port):
-        trusted = RedisSettings(url=url, ca_file=ca_file, **(proof if must_prove_client else {}))
+        files = {"tls_cert_file": proof["cert_file"], "tls_key_file": proof["key_file"]} if must_prove_client else {}
+        trusted = redis_settings(SessionSettings(store="redis", url=url, tls_ca_file=ca_file, **files))
         async with contextlib.aclosing(connect(trusted)) as client:
             await use_everything(RedisSessionStore(client, keyspace), ReplicaRegistry(client, keyspace))
         strangers = [RedisSettings(url=url, ca_file=str(tmp_path / "stranger.pem")), RedisSettings(url=url)]
@@ -222,15 +225,15 @@ def sentinel_group(binary: Path, directory: Path) -> Iterator[tuple[subprocess.P
             )
             arguments = ["--sentinel"] if number >= 2 else []
             processes.append(stack.enter_context(spawned(binary, config, port, *arguments)))
-        yield (
-            processes[0],
-            RedisSettings(
-                sentinels=tuple(("127.0.0.1", port) for port in ports[2:]),
-                master_name="antiphon",
-                password="pass-of-data",
-                sentinel_password="pass-of-sentinel",
-            ),
+        for name in ("pass-of-data", "pass-of-sentinel"):
+            (directory / name).write_text(f"{name}\n")
+        settings = SessionSettings(
+            store="sentinel",
+            sentinels=tuple(f"127.0.0.1:{port}" for port in ports[2:]),
+            password_file=directory / "pass-of-data",
+            sentinel_password_file=directory / "pass-of-sentinel",
         )
+        yield processes[0], redis_settings(settings)
 
 
 async def until(seconds: float, condition: object) -> None:
