@@ -2,7 +2,8 @@
 
     schedule  ->  run  ->  sample  ->  commit
 
-Synchronous and single-threaded; loop.py runs it on a thread for asyncio.
+Single-threaded; loop.py runs it on a thread for asyncio. On a GPU the next step is under way before the tokens of one
+are read (flights.py): an end that shows then has cost one token for nothing.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from services.common.errors import AntiphonError, InvalidRequest, NumericsError
 from services.common.messages import FinishReason, SamplingParams, TokenLogprobs
 from services.common.prefix_hash import PrefixHasher
 from services.engine.batch import wants_all_logits
+from services.engine.flights import Flights, sampling_row
 from services.engine.fused_runner import FusedRunner
 from services.engine.kv_cache import KVLayout
 from services.engine.rates import Rates
 from services.engine.runner import Runner
-from services.engine.sampler import Sampled, Sampler, SamplingRow, check_vocabulary, prompt_logprobs, resolve_seed
+from services.engine.sampler import Sampled, Sampler, check_vocabulary, no_token, prompt_logprobs, resolve_seed
 from services.engine.scheduler import Chunk, Reservation, Scheduler
 from services.engine.sequence import Sequence
 
@@ -119,6 +121,7 @@ class Engine:
         self.eos_token_ids = frozenset(eos_token_ids)
         self._runner = runner
         self._sampler = Sampler()
+        self._flights = Flights(runner, scheduler) if isinstance(runner, FusedRunner) else None
         self._rates = Rates()
         self._prefix_caching = prefix_caching
         self._live: dict[str, _Live] = {}
@@ -161,23 +164,51 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or (self._flights is not None and self._flights.is_under_way)
 
     def step(self) -> list[EngineOutput]:
         """Computes one step. Empty if there was nothing to do, or nothing was finished far enough to be sampled."""
-        chunks = self.scheduler.schedule()
-        self.is_stuck = not chunks
-        if not chunks:
-            return []
-        started_s = time.perf_counter()
         try:
-            logits = self._runner.run(chunks)
-            sampled, outputs = self._sample(chunks, logits)
+            if self._flights is not None and self._flights.is_under_way:
+                return self._land(self._flights)
+            chunks = self.scheduler.schedule()
+            self.is_stuck = not chunks
+            if not chunks:
+                return []
+            if self._flights is not None and self._flights.takes(chunks):
+                self._flights.launch(chunks, self._live)
+                return self._land(self._flights)
+            return self._compute(chunks)
         except BaseException:
-            self.scheduler.commit((), {})
+            if self._flights is not None:
+                self._flights.forget()
+            while self.scheduler.has_open_step:
+                self.scheduler.commit((), {})
             raise
+
+    def _compute(self, chunks: list[Chunk]) -> list[EngineOutput]:
+        """A step that is waited for."""
+        started_s = time.perf_counter()
+        logits = self._runner.run(chunks)
+        sampled, outputs = self._sample(chunks, logits)
         self.scheduler.commit(chunks, sampled)
         self._rates.record(chunks, time.perf_counter() - started_s)
+        return [self._output(seq_id, row) for seq_id, row in outputs]
+
+    def _land(self, flights: Flights) -> list[EngineOutput]:
+        """Launches the step after the one under way, if it can be known, and then waits for that one's tokens."""
+        flights.launch_ahead(self._live)
+        chunks, tokens, elapsed_s = flights.land()
+        outputs = [
+            (seq.seq_id, Sampled(token_id) if token_id >= 0 else no_token(seq.num_generated_tokens))
+            for seq, token_id in tokens
+            if not seq.is_finished  # it ended by the token before, or was ended from outside
+        ]
+        for seq_id, result in outputs:
+            if result.error is not None:
+                self.scheduler.finish(seq_id, FinishReason.ERROR)
+        self.scheduler.commit(chunks, {seq_id: row.token_id for seq_id, row in outputs if row.error is None})
+        self._rates.record(chunks, elapsed_s)
         return [self._output(seq_id, row) for seq_id, row in outputs]
 
     def _sample(self, chunks: ListLike[Chunk], logits: Tensor) -> tuple[dict[str, int], list[tuple[str, Sampled]]]:
@@ -196,7 +227,7 @@ class Engine:
             row += width
             if chunk.samples and live is not None:
                 rows.append(row - 1)
-                sampling.append((chunk.seq.seq_id, self._sampling_row(live)))
+                sampling.append((chunk.seq.seq_id, sampling_row(live.seq, live.seed)))
         picked = logits if len(rows) == logits.shape[0] else logits[rows]
         results = self._sampler.sample(picked, [each for _, each in sampling])
         outputs = [(seq_id, result) for (seq_id, _), result in zip(sampling, results, strict=True)] + unscored
@@ -204,16 +235,6 @@ class Engine:
             if result.error is not None:
                 self.scheduler.finish(seq_id, FinishReason.ERROR)
         return {seq_id: result.token_id for seq_id, result in outputs if result.error is None}, outputs
-
-    def _sampling_row(self, live: _Live) -> SamplingRow:
-        seq = live.seq
-        return SamplingRow(
-            seq.sampling,
-            seq.token_ids[: seq.num_prompt_tokens] if _needs_history(seq.sampling) else (),
-            seq.generated_token_ids if _needs_history(seq.sampling) else (),
-            seq.num_generated_tokens,
-            live.seed,
-        )
 
     def _gather_prompt_logprobs(self, live: _Live, chunk: Chunk, logits: Tensor) -> None:
         """Logprobs of the prompt tokens that follow those of the chunk (again after a preemption: once only)."""
@@ -331,7 +352,3 @@ class Engine:
             raise InvalidRequest(field, "at least one token is needed")
         if min(token_ids) < 0 or max(token_ids) >= self.config.vocab_size:
             raise InvalidRequest(field, f"token ids are 0 to {self.config.vocab_size - 1}")
-
-
-def _needs_history(params: SamplingParams) -> bool:
-    return (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1.0, 0.0, 0.0)

@@ -5,18 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as ListLike
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from services.engine.device_tables import DeviceTables
 from services.engine.fused import FusedModel
-from services.engine.graphs import DecodeGraphs
+from services.engine.graphs import DecodeGraphs, cuts
+from services.engine.kernels.draw_tokens import Draws, draw_tokens
 from services.engine.kv_cache import KVCache
 from services.engine.model import DeepseekForCausalLM
 from services.engine.rotary import RotaryEmbedding
 from services.engine.scheduler import Chunk
 from services.engine.staging import Staging
-from services.engine.step import decode_arrays, is_decode, mixed_step
+from services.engine.step import decode_arrays, decode_step, is_decode, mixed_step
+
+# Launches whose ids are still to be read, and the one being made.
+_NUM_FLIGHTS = 3
 
 
 class FusedRunner:
@@ -33,7 +38,12 @@ class FusedRunner:
         self._tables = DeviceTables(max_num_sequences, max_blocks, device)
         self._staging = Staging(device)
         self._sampled_ids = torch.zeros(max_num_sequences, dtype=torch.int32, device=device)
+        self._ids_on_host = [HostIds(max_num_sequences, device) for _ in range(_NUM_FLIGHTS)]
         self._graphs: DecodeGraphs | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.config.vocab_size
 
     @torch.inference_mode()
     def capture_graphs(self, progress: Callable[[int, int], None] | None = None) -> int:
@@ -42,7 +52,7 @@ class FusedRunner:
             self._fused,
             self._tables,
             self._sampled_ids,
-            self.model.config.vocab_size,
+            self.vocab_size,
             len(self._sampled_ids),
             self.cache.compute_dtype,
             progress,
@@ -53,8 +63,62 @@ class FusedRunner:
     def run(self, chunks: ListLike[Chunk]) -> Tensor:
         """Logits in order of the chunks, [rows, vocab]: all rows of a chunk that wants prompt logprobs, else those that
         are sampled from. Valid until the next call."""
+        logits, _ = self._logits(chunks, {}, None)
+        return logits
+
+    @torch.inference_mode()
+    def launch(
+        self, chunks: ListLike[Chunk], draws: dict[str, np.ndarray], sampled_rows: ListLike[int] | None = None
+    ) -> HostIds:
+        """Computes the chunks and samples those that sample, in their order, without waiting for it.
+
+        draws: by the names of `Draws`, one entry a sampled token. sampled_rows: for chunks that are ahead, where the
+        last launch sampled their tokens. At most two launches at a time may be waited for.
+        """
+        num_sampled = len(draws["keys"])
+        ids = self._sampled_ids[:num_sampled]
+        logits, sent = self._logits(chunks, draws, sampled_rows)
+        if sent is not None and num_sampled:
+            cuts_k, cuts_p = cuts(draws, logits.shape[-1])
+            draw_tokens(logits, Draws(**{name: sent[name] for name in draws}), ids, cuts_k=cuts_k, cuts_p=cuts_p)
+        self._ids_on_host.append(self._ids_on_host.pop(0))
+        return self._ids_on_host[-1].copy(ids)
+
+    def _logits(
+        self, chunks: ListLike[Chunk], draws: dict[str, np.ndarray], sampled_rows: ListLike[int] | None
+    ) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """Logits, and what was sent along with the step; None if the tokens are sampled already."""
         layout = self.cache.layout
-        if self._graphs is not None and is_decode(chunks):
-            return self._graphs.run(decode_arrays(chunks, self._tables, layout.block_size), self._staging)
-        step = mixed_step(chunks, self._tables, layout, self._staging, self.cache.compute_dtype)
-        return self._fused(step, self._sampled_ids)
+        if is_decode(chunks):
+            arrays = decode_arrays(chunks, self._tables, layout.block_size, sampled_rows)
+            if self._graphs is not None:
+                return self._graphs.run(arrays, self._staging, draws or None), None
+            step, sent = decode_step(arrays, self._tables, layout.block_size, self._staging, draws)
+        else:
+            step, sent = mixed_step(chunks, self._tables, layout, self._staging, self.cache.compute_dtype, draws)
+        return self._fused(step, self._sampled_ids), sent
+
+
+class HostIds:
+    """Sampled token ids on their way to the host."""
+
+    def __init__(self, max_rows: int, device: torch.device) -> None:
+        is_cuda = device.type == "cuda"
+        self._memory = torch.empty(max_rows, dtype=torch.int32, pin_memory=is_cuda)
+        self._is_there = torch.cuda.Event() if is_cuda else None
+        self._num_rows = 0
+
+    def copy(self, ids: Tensor) -> HostIds:
+        """Begins."""
+        self._num_rows = len(ids)
+        self._memory[: len(ids)].copy_(ids, non_blocking=True)
+        if self._is_there is not None:
+            self._is_there.record()
+        return self
+
+    def wait(self) -> list[int]:
+        """The ids, once the step is through; -1 where the logits were no numbers."""
+        if self._is_there is not None:
+            self._is_there.synchronize()
+        ids: list[int] = self._memory[: self._num_rows].tolist()
+        return ids

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from services.engine.device_tables import DeviceTables
 from services.engine.fused import FusedModel
+from services.engine.kernels.draw_tokens import Draws, draw_tokens
 from services.engine.staging import Staging, num_bytes, views
 from services.engine.step import Step, StepArrays
 
@@ -29,8 +30,12 @@ def graph_sizes(max_rows: int) -> list[int]:
     return [size for size in sizes if size < max_rows] + [max_rows]
 
 
+# Whether rows with a top-k, a top-p are among them: each kind of sampling is a graph of its own.
+_KINDS = ((False, False), (False, True), (True, True))
+
+
 class DecodeGraphs:
-    """Captured steps of one model. They share inputs, outputs and the memory in between."""
+    """Captured steps of one model, and the sampling after them. All share inputs, outputs and the memory in between."""
 
     def __init__(
         self,
@@ -48,13 +53,16 @@ class DecodeGraphs:
         self._sampled_ids = sampled_ids
         self._sizes = graph_sizes(max_rows)
         device = tables.tensor.device
-        self._inputs = torch.zeros(num_bytes(_padding(max_rows).inputs()), dtype=torch.uint8, device=device)
+        self._vocab_size = vocab_size
+        whole = num_bytes(_padding(max_rows).inputs() | self._no_draws(max_rows))
+        self._inputs = torch.zeros(whole, dtype=torch.uint8, device=device)
         self._logits = torch.empty(max_rows, vocab_size, dtype=dtype, device=device)
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._steps: dict[int, torch.cuda.CUDAGraph] = {}
+        self._samplers: dict[tuple[int, bool, bool], torch.cuda.CUDAGraph] = {}
         pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream(device)
         for done, size in enumerate(reversed(self._sizes), start=1):  # the largest first: others fit into its memory
-            self._graphs[size] = self._capture(size, pool, stream)
+            self._capture(size, pool, stream)
             if progress is not None:
                 progress(done, len(self._sizes))
 
@@ -62,30 +70,47 @@ class DecodeGraphs:
     def num_sizes(self) -> int:
         return len(self._sizes)
 
-    def run(self, arrays: StepArrays, staging: Staging) -> Tensor:
-        """Logits [B, V] of a step; valid until the next one."""
+    def run(self, arrays: StepArrays, staging: Staging, draws: dict[str, np.ndarray] | None = None) -> Tensor:
+        """Logits [B, V] of a step; valid until the next one. draws: by the names of `Draws`, tokens are sampled too."""
         num_rows = len(arrays.token_ids)
         size = next(size for size in self._sizes if size >= num_rows)
         if len(arrays.places):
             sent = staging.send(arrays.updates())
             self._tables.write(sent["places"], sent["ids"])
-        staging.send(arrays.padded(size).inputs(), into=self._inputs)
-        self._graphs[size].replay()
+        inputs = arrays.padded(size).inputs()
+        if draws is not None:
+            none = self._no_draws(size - num_rows)
+            inputs |= {name: np.concatenate((draws[name], padding)) for name, padding in none.items()}
+        staging.send(inputs, into=self._inputs)
+        self._steps[size].replay()
+        if draws is not None:
+            cuts_k, cuts_p = cuts(draws, self._vocab_size)
+            self._samplers[size, cuts_k, cuts_p or cuts_k].replay()
         return self._logits[:num_rows]
 
-    def _capture(self, size: int, pool: Any, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
-        arrays = _padding(size).inputs()
+    def _capture(self, size: int, pool: Any, stream: torch.cuda.Stream) -> None:
+        arrays = _padding(size).inputs() | self._no_draws(size)
         padding = torch.from_numpy(np.concatenate([_bytes(array) for array in arrays.values()]))
         self._inputs[: len(padding)].copy_(padding)
         inputs = views(arrays, self._inputs)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(stream):
-            self._step(inputs)  # compiles kernels, and makes the libraries' workspaces
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
-            self._step(inputs)
-        return graph
+        draws = Draws(*(inputs[name] for name in ("temperature", "floor", "top_k", "top_p", "keys")))
+
+        def sample(cuts_k: bool, cuts_p: bool) -> None:
+            draw_tokens(self._logits[:size], draws, self._sampled_ids[:size], cuts_k=cuts_k, cuts_p=cuts_p)
+
+        def captured(function: Callable[[], None]) -> torch.cuda.CUDAGraph:
+            torch.cuda.synchronize()
+            with torch.cuda.stream(stream):
+                function()  # compiles kernels, and makes the libraries' workspaces
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
+                function()
+            return graph
+
+        self._steps[size] = captured(lambda: self._step(inputs))
+        for cuts_k, cuts_p in _KINDS:
+            self._samplers[size, cuts_k, cuts_p] = captured(lambda k=cuts_k, p=cuts_p: sample(k, p))  # type: ignore[misc]
 
     def _step(self, inputs: dict[str, Tensor]) -> None:
         tables = self._tables.tensor.index_select(0, inputs["table_rows"])
@@ -93,6 +118,21 @@ class DecodeGraphs:
             inputs["token_ids"], inputs["positions"], inputs["slots"], inputs["context_lens"], tables, None, None, None
         )
         self._model(step, self._sampled_ids, out=self._logits[: len(inputs["token_ids"])])
+
+    def _no_draws(self, num_rows: int) -> dict[str, np.ndarray]:
+        """Of rows that take the best token."""
+        return {
+            "keys": np.zeros(num_rows, np.int64),
+            "temperature": np.zeros(num_rows, np.float32),
+            "floor": np.zeros(num_rows, np.float32),
+            "top_p": np.ones(num_rows, np.float32),
+            "top_k": np.full(num_rows, self._vocab_size, np.int32),
+        }
+
+
+def cuts(draws: dict[str, np.ndarray], vocab_size: int) -> tuple[bool, bool]:
+    """Whether some row has a top-k, a top-p."""
+    return bool((draws["top_k"] < vocab_size).any()), bool((draws["top_p"] < 1.0).any())
 
 
 def _padding(num_rows: int) -> StepArrays:

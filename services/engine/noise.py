@@ -7,6 +7,9 @@ tensor operations that wrap around, so nothing has to cross from host to device 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,6 +56,20 @@ def _shift_right(value: Tensor, num_bits: int) -> Tensor:
 def _signed(value: int) -> int:
     value &= _MASK64
     return value - 2**64 if value >= 2**63 else value
+
+
+def stream_key_array(seeds: Sequence[int], positions: Sequence[int]) -> np.ndarray:
+    """`stream_key` of each pair: int64 [n]."""
+    mixed = _mix_array(np.array([seed & _MASK64 for seed in seeds], np.uint64))
+    keys = _mix_array(mixed + np.array(positions, np.uint64) * np.uint64(_WEYL))
+    return keys.view(np.int64)
+
+
+def _mix_array(value: np.ndarray) -> np.ndarray:
+    for shift, multiplier in zip(_SHIFTS, _MULTIPLIERS, strict=False):
+        value = (value ^ (value >> np.uint64(shift))) * np.uint64(multiplier)
+    mixed: np.ndarray = value ^ (value >> np.uint64(_SHIFTS[-1]))
+    return mixed
 
 
 def stream_keys(seeds_and_positions: list[tuple[int, int]], device: torch.device) -> Tensor:

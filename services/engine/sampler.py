@@ -21,7 +21,7 @@ from torch import Tensor
 from services.common.errors import NumericsError
 from services.common.messages import SamplingParams, TokenLogprobs
 from services.engine.kernels.draw_tokens import draw
-from services.engine.noise import stream_key
+from services.engine.noise import stream_key_array
 from services.engine.penalties import apply_logit_bias, apply_penalties, require_in_vocabulary
 
 _LOGPROB_CHUNK_ROWS = 128
@@ -41,17 +41,21 @@ class SamplingRow:
     seed: int
 
     @property
-    def is_plain_greedy(self) -> bool:
-        """True if the token is the largest logit and nothing more is asked for."""
+    def is_drawn_on_device(self) -> bool:
+        """True if `draw_tokens` has all it takes: no penalty, no bias, no log-probabilities."""
         params = self.params
         return (
-            params.temperature == 0.0
-            and params.logprobs is None
+            params.logprobs is None
+            and not params.logit_bias
             and params.repetition_penalty == 1.0
             and params.presence_penalty == 0.0
             and params.frequency_penalty == 0.0
-            and not params.logit_bias
         )
+
+    @property
+    def is_plain_greedy(self) -> bool:
+        """True if the token is the largest logit and nothing more is asked for."""
+        return self.params.temperature == 0.0 and self.is_drawn_on_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +95,7 @@ class Sampler:
             logprobs = {others[i]: entry for i, entry in logprobs_R.items()}
         token_ids: list[int] = torch.where(is_sound_B, tokens_B, -1).tolist()
         return [
-            Sampled(token_id, logprobs.get(i)) if token_id >= 0 else _no_token(rows[i])
+            Sampled(token_id, logprobs.get(i)) if token_id >= 0 else no_token(rows[i].position)
             for i, token_id in enumerate(token_ids)
         ]
 
@@ -125,8 +129,9 @@ def prompt_logprobs(logits_TV: Tensor, next_token_ids: Sequence[int], top_n: int
     return result
 
 
-def _no_token(row: SamplingRow) -> Sampled:
-    message = f"the logits for token {row.position} of the reply hold NaN or only infinities"
+def no_token(position: int) -> Sampled:
+    """What stands for token `position` of a reply whose logits are no numbers."""
+    message = f"the logits for token {position} of the reply hold NaN or only infinities"
     return Sampled(-1, error=NumericsError(message))
 
 
@@ -174,7 +179,7 @@ def draw_arrays(rows: Sequence[SamplingRow], vocab_size: int) -> dict[str, np.nd
     params = [row.params for row in rows]
     floors = [math.log(p.min_p) if p.min_p > 0.0 else -math.inf for p in params]
     return {
-        "keys": np.array([stream_key(row.seed, row.position) for row in rows], np.int64),
+        "keys": stream_key_array([row.seed for row in rows], [row.position for row in rows]),
         "temperature": np.array([p.temperature for p in params], np.float32),
         "floor": np.array(floors, np.float32),
         "top_p": np.array([p.top_p for p in params], np.float32),

@@ -9,7 +9,7 @@ later (its blocks usually stay cached until then), so the earliest one always go
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, field
@@ -59,23 +59,27 @@ class Chunk:
     """Tokens start..start+num_tokens-1 of `seq`, to be computed in this step; their slots are in its block table.
 
     samples: the chunk reaches the sequence's last token, so the logits of its last row give the next one.
+    is_ahead: its one token is what an open step will sample; the sequence does not have it yet.
     """
 
     seq: Sequence
     start: int
     num_tokens: int
+    is_ahead: bool = False
     samples: bool = field(init=False)
 
     def __post_init__(self) -> None:
         # Fixed now: once the sampled token is appended, the chunk no longer reaches the end.
-        object.__setattr__(self, "samples", self.start + self.num_tokens == len(self.seq.token_ids))
+        reaches_end = self.is_ahead or self.start + self.num_tokens == len(self.seq.token_ids)
+        object.__setattr__(self, "samples", reaches_end)
 
 
 class Scheduler:
     """Owns the sequences of one engine and their references to `pool`. Not thread-safe: one thread calls it.
 
     Between `schedule` and `commit` a step is open: the runner may be writing to the blocks of its chunks. A sequence
-    that ends meanwhile leaves at once, but its blocks are only given back when the step is committed.
+    that ends meanwhile leaves at once, but its blocks are only given back when the step is committed. One more step can
+    be opened by `schedule_ahead`; steps are committed in the order in which they were opened.
     """
 
     def __init__(self, config: SchedulerConfig, pool: BlockPool) -> None:
@@ -88,8 +92,7 @@ class Scheduler:
         self._running: OrderedDict[str, Sequence] = OrderedDict()
         self._reservations = ReservationBook(pool)
         self._num_arrivals = 0
-        self._step_is_open = False
-        self._tables_of_open_step: list[list[int]] = []  # of sequences that ended while it was open
+        self._open_steps: deque[list[list[int]]] = deque()  # block tables of sequences that ended while it was the last
 
     @property
     def num_running(self) -> int:
@@ -114,6 +117,11 @@ class Scheduler:
     def num_reservations(self) -> int:
         """Reservations that are open."""
         return len(self._reservations)
+
+    @property
+    def has_open_step(self) -> bool:
+        """Whether a step is scheduled and not committed."""
+        return bool(self._open_steps)
 
     @property
     def has_work(self) -> bool:
@@ -174,7 +182,7 @@ class Scheduler:
         first prompt, half of the rest to the next, and so on: the first is done soon, and nobody waits for it to be.
         Empty when there is nothing to do, or when all blocks are held outside (reservations, kept, quarantined).
         """
-        if self._step_is_open:
+        if self._open_steps:
             raise AssertionError("the previous step is still open: commit it")
         sequences = self._running_with_room()
         num_left = self.config.max_num_batched_tokens - len(sequences)
@@ -191,11 +199,38 @@ class Scheduler:
             sizes.append(size)
         _share_out(num_left, sequences, sizes)
         chunks = [self._chunk(seq, size) for seq, size in zip(sequences, sizes, strict=True)]
-        self._step_is_open = bool(chunks)
+        if chunks:
+            self._open_steps.append([])
         return chunks
 
+    def schedule_ahead(self, chunks: Iterable[Chunk]) -> list[Chunk]:
+        """Opens the step after that of `chunks`, which is open: the next token of every sequence that goes on.
+
+        Whether one ends by its last token is not known yet; then its chunk was for nothing. Empty, with nothing opened,
+        where somebody else could run, blocks would have to be taken from others, or what a sequence leaves behind
+        must not change any more.
+        """
+        alive = [chunk for chunk in chunks if chunk.seq.status is SequenceStatus.RUNNING]
+        can_admit = self._waiting and len(self._running) < self.config.max_num_sequences
+        if can_admit or len(alive) < len(self._running) or len(self._open_steps) != 1:
+            return []
+        going_on = [chunk for chunk in alive if not chunk.samples or chunk.seq.goes_on_whatever_is_sampled()]
+        if any(not chunk.samples or chunk.seq.keeps_blocks for chunk in going_on):
+            return []
+        ahead = []
+        for chunk in going_on:
+            seq, position = chunk.seq, chunk.start + chunk.num_tokens
+            if position >= len(seq.block_table) * self.pool.block_size:
+                if self.pool.num_free_blocks == 0:
+                    return []
+                seq.block_table += self.pool.allocate(1)
+            ahead.append(Chunk(seq, position, 1, is_ahead=True))
+        if ahead:
+            self._open_steps.append([])
+        return ahead
+
     def commit(self, chunks: Iterable[Chunk], sampled: Mapping[str, int]) -> list[Sequence]:
-        """Closes the step: `chunks` are computed and `sampled` has the next token of each that samples, by seq_id.
+        """Closes the oldest open step: `chunks` are computed; `sampled`: the next token of each that samples, by seq_id.
 
         Returns the sequences that finished. Sequences that ended while the step was open are passed over. After a step
         that failed, `commit((), {})` closes it as if it had not been.
@@ -204,10 +239,8 @@ class Scheduler:
         missing = [chunk.seq.seq_id for chunk in alive if chunk.samples and chunk.seq.seq_id not in sampled]
         if missing:
             raise AssertionError(f"no token was sampled for {missing}")
-        self._step_is_open = False
-        for table in self._tables_of_open_step:
+        for table in self._open_steps.popleft() if self._open_steps else ():
             self.pool.release(table)
-        self._tables_of_open_step.clear()
         finished = []
         for chunk in alive:
             seq = chunk.seq
@@ -256,7 +289,8 @@ class Scheduler:
         sequences = [*self._running.values(), *self._waiting.values()]
         tables = [seq.block_table for seq in sequences]
         tables += self._reservations.tables()
-        self.pool.check_integrity([*tables, *self._tables_of_open_step, *tables_held_outside])
+        ended = [table for step in self._open_steps for table in step]
+        self.pool.check_integrity([*tables, *ended, *tables_held_outside])
         arrivals = [seq.arrival for seq in sequences]
         if arrivals != sorted(arrivals):
             raise AssertionError(f"the queues are not in order of arrival: {sequences}")
@@ -389,8 +423,8 @@ class Scheduler:
         seq.finish_reason = reason
         if seq.keeps_blocks and reason in (FinishReason.STOP, FinishReason.LENGTH):
             return
-        if self._step_is_open:
-            self._tables_of_open_step.append(seq.block_table)
+        if self._open_steps:
+            self._open_steps[-1].append(seq.block_table)
         else:
             self.pool.release(seq.block_table)
         seq.block_table = []

@@ -124,6 +124,12 @@ class Sequence:
             return FinishReason.LENGTH
         return None
 
+    def goes_on_whatever_is_sampled(self) -> bool:
+        """Whether neither limit ends the sequence with the next token; an end token still may."""
+        max_tokens = self.sampling.max_tokens
+        is_last = max_tokens is not None and self.num_generated_tokens + 1 >= max_tokens
+        return not is_last and len(self.token_ids) + 1 < self.max_seq_len
+
     def __repr__(self) -> str:
         return (
             f"Sequence({self.seq_id!r}, {self.status.value}, {self.num_computed_tokens}/{len(self.token_ids)} tokens"

@@ -6,6 +6,7 @@ from the blocks. Then long ones, whose sequences are expanded to keys and values
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, replace
 
@@ -121,10 +122,39 @@ def decode_arrays(
     return StepArrays(token_ids, positions, slots, positions + 1, rows, places, ids)
 
 
+def decode_step(
+    arrays: StepArrays, tables: DeviceTables, block_size: int, staging: Staging, more: dict[str, np.ndarray]
+) -> tuple[Step, dict[str, Tensor]]:
+    """A step of rows alone, and `more` arrays sent along with it."""
+    sent = staging.send(arrays.updates() | arrays.inputs() | more)
+    return _rows(arrays, sent, tables, block_size), sent
+
+
+def _rows(arrays: StepArrays, sent: Mapping[str, Tensor], tables: DeviceTables, block_size: int) -> Step:
+    if len(arrays.places):
+        tables.write(sent["places"], sent["ids"])
+    longest = int(arrays.context_lens.max()) if len(arrays.context_lens) else 0
+    return Step(
+        sent["token_ids"],
+        sent["positions"],
+        sent["slots"],
+        sent["context_lens"],
+        tables.tensor[:, : -(-longest // block_size)].index_select(0, sent["table_rows"]),
+        longest,
+        None,
+        None,
+    )
+
+
 def mixed_step(
-    chunks: ListLike[Chunk], tables: DeviceTables, layout: KVLayout, staging: Staging, dtype: torch.dtype
-) -> Step:
-    """A step of any chunks, computed in `dtype`.
+    chunks: ListLike[Chunk],
+    tables: DeviceTables,
+    layout: KVLayout,
+    staging: Staging,
+    dtype: torch.dtype,
+    more: dict[str, np.ndarray],
+) -> tuple[Step, dict[str, Tensor]]:
+    """A step of any chunks, computed in `dtype`, and `more` arrays sent along with it.
 
     Logits: every row of a chunk that wants prompt logprobs, else the sampled ones, in the order of the chunks.
     """
@@ -150,21 +180,10 @@ def mixed_step(
     extra = {"logits_rows": _logits_rows(chunks, starts)}
     if long:
         extra |= _long_arrays(long, layout, dtype)
-    sent = staging.send(arrays.updates() | arrays.inputs() | extra)
-    if len(places):
-        tables.write(sent["places"], sent["ids"])
-    longest = int(arrays.context_lens.max()) if num_rows else 0
-    num_blocks = -(-longest // block_size)
-    return Step(
-        sent["token_ids"],
-        sent["positions"],
-        sent["slots"],
-        sent["context_lens"],
-        tables.tensor[:, :num_blocks].index_select(0, sent["table_rows"]),
-        longest,
-        LongChunks(*_bounds(long), sent.get("key_slots"), sent["tiles"]) if long else None,
-        sent["logits_rows"],
-    )
+    sent = staging.send(arrays.updates() | arrays.inputs() | extra | more)
+    expanded = LongChunks(*_bounds(long), sent.get("key_slots"), sent["tiles"]) if long else None
+    step = _rows(arrays, sent, tables, block_size)
+    return replace(step, long=expanded, logits_rows=sent["logits_rows"]), sent
 
 
 def _positions(chunk: Chunk) -> np.ndarray:

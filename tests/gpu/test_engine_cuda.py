@@ -12,8 +12,15 @@ from safetensors.torch import load_file
 
 from services.common.messages import SamplingParams
 from services.common.settings import EngineSettings, ModelSettings
+from services.engine.block_pool import BlockPool
+from services.engine.config import ModelConfig
 from services.engine.engine import Engine, EngineRequest
+from services.engine.fused_runner import FusedRunner
+from services.engine.kv_cache import KVCache, KVLayout
 from services.engine.loading import load_engine
+from services.engine.model import DeepseekForCausalLM
+from services.engine.scheduler import Scheduler, SchedulerConfig
+from services.engine.weights import load_weights
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -92,24 +99,27 @@ def test_logits_are_those_of_the_cpu(name: str, cache_mode: str, chunk: int) -> 
     assert float(error_of(ours, reference).max()) < 1e-4
 
 
-@pytest.mark.parametrize("name", ["v2lite", "v3"])
-@pytest.mark.parametrize("kv_dtype", ["auto", "fp8"])
+@pytest.mark.parametrize(("name", "kv_dtype"), [("v2lite", "auto"), ("v3", "auto"), ("v3_fp8", "fp8")])
 def test_bf16_logits_are_close_to_fp32(name: str, kv_dtype: str) -> None:
     asked = prompts([200, 31, 90])
     ours = logits_of(engine_of(name, "cuda", dtype="bfloat16", kv_dtype=kv_dtype, max_num_batched_tokens=64), asked)
-    reference = logits_of(engine_of(name, "cpu", kv_dtype=kv_dtype), asked)
-    assert float(error_of(ours, reference).median()) < 0.05
+    reference = logits_of(engine_of(name, "cpu"), asked)
+    assert float(error_of(ours, reference).median()) < 0.08
 
 
-@pytest.mark.parametrize("name", ["v2lite", "v3"])
-def test_fp8_cache_gives_the_logits_of_the_cpu_s(name: str) -> None:
+@pytest.mark.parametrize("chunk", [16, 300])
+def test_fp8_cache_gives_the_logits_of_the_references(chunk: int) -> None:
+    """FP8 weights and cache: against the same forward pass on a CPU, by the kernels' plain references."""
     asked = prompts([70, 1, 33, 150])
-    ours, reference = (
-        logits_of(engine_of(name, device, kv_dtype="fp8", max_num_batched_tokens=40), asked)
-        for device in ("cuda", "cpu")
-    )
-    # A latent between two steps of e4m3 may fall to either.
-    assert float(error_of(ours, reference).median()) < 2e-2
+    ours = engine_of("v3_fp8", "cuda", kv_dtype="fp8", max_num_batched_tokens=chunk)
+    config, cpu = ModelConfig.from_folder(CHECKPOINTS / "v3_fp8"), torch.device("cpu")
+    model = DeepseekForCausalLM(config, torch.float32, cpu, keeps_fp8=True)
+    load_weights(model, CHECKPOINTS / "v3_fp8")
+    cache = KVCache(KVLayout.of(config, "absorb", "fp8", 16), 256, cpu, torch.float32)
+    scheduler = Scheduler(SchedulerConfig(chunk, 16, 512, 16), BlockPool(256, 16))
+    reference = Engine(FusedRunner(model, cache, 512, 16, cpu), scheduler, config.eos_token_ids)
+    # A latent or an activation between two steps of e4m3 may fall to either.
+    assert float(error_of(logits_of(ours, asked), logits_of(reference, asked)).median()) < 3e-2
 
 
 @pytest.mark.parametrize("chunk", [16, 300])
@@ -130,15 +140,30 @@ def test_replies_are_those_of_the_cpu(name: str) -> None:
         assert replies(engine_of(name, "cuda", **settings), asked) == expected
 
 
-@pytest.mark.parametrize("kv_dtype", ["auto", "fp8"])
-@pytest.mark.parametrize("name", ["v2lite", "v3", "v3_fp8"])
-def test_a_graph_computes_what_the_same_step_launched_one_by_one_does(name: str, kv_dtype: str) -> None:
+SAMPLED = SamplingParams(temperature=0.8, top_p=0.9, top_k=40, seed=5, max_tokens=24, ignore_eos=True)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED])
+@pytest.mark.parametrize(
+    ("name", "kv_dtype"), [("v2lite", "auto"), ("v3", "auto"), ("v3_fp8", "auto"), ("v3_fp8", "fp8")]
+)
+def test_a_graph_computes_what_the_same_step_launched_one_by_one_does(
+    name: str, kv_dtype: str, sampling: SamplingParams
+) -> None:
     asked = prompts([5 + 9 * i for i in range(16)])
     with_graphs, without = (
-        replies(engine_of(name, "cuda", dtype="bfloat16", kv_dtype=kv_dtype, cuda_graphs=graphs), asked)
+        replies(engine_of(name, "cuda", dtype="bfloat16", kv_dtype=kv_dtype, cuda_graphs=graphs), asked, sampling)
         for graphs in (True, False)
     )
     assert with_graphs == without
+
+
+def test_sampled_replies_are_those_of_the_cpu_in_any_batch() -> None:
+    asked = prompts([5, 60, 33, 80, 21])
+    expected = replies(engine_of("v3", "cpu"), asked, SAMPLED)
+    engine = engine_of("v3", "cuda")
+    assert replies(engine, asked, SAMPLED) == expected
+    assert [replies(engine, [prompt], SAMPLED)[0] for prompt in asked] == expected
 
 
 def test_a_step_smaller_than_its_graph_leaves_the_cache_alone() -> None:

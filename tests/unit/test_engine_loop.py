@@ -166,7 +166,7 @@ async def test_calls_come_between_steps_in_order(loop):
     order = []
     await asyncio.gather(*(loop.call(lambda _, i=i: order.append(i)) for i in range(20)))
     assert order == list(range(20))
-    assert not await loop.call(lambda engine: engine.scheduler._step_is_open)
+    assert not await loop.call(lambda engine: engine.scheduler.has_open_step)
     await stream.aclose()
 
 
