@@ -259,6 +259,12 @@ class PrefillSettings(_WorkerSettings):
     """The prefill deployment."""
 
     enabled: bool = Field(default=True, description="Off: decode replicas compute every prompt themselves.")
+    nice: int = Field(
+        default=5,
+        ge=0,
+        le=19,
+        description="Niceness of a replica that computes on a CPU: decode, which may share its cores, goes first.",
+    )
 
 
 class DecodeSettings(_WorkerSettings):

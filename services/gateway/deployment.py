@@ -14,7 +14,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from services.common.errors import AntiphonError, QueueFull, Unavailable
+from services.common.errors import AntiphonError, InvalidCheckpoint, QueueFull, Unavailable
 from services.common.messages import Message, ModelInfo
 from services.common.process_load import ProcessLoad
 from services.common.settings import Settings
@@ -26,11 +26,12 @@ from services.gateway.pipeline import Pipeline, PipelineParts
 from services.gateway.replicas import Replicas
 from services.gateway.server import GatewayServer
 from services.gateway.sessions import GatewaySessions
-from services.gateway.text import GatewayText, served_name
+from services.gateway.text import GatewayText, NearEncoder, served_name
 from services.sessions.connect import connect
 from services.sessions.from_settings import keyspace_of, redis_settings
 from services.sessions.redis_store import RedisSessionStore
 from services.sessions.registry import ReplicaRegistry
+from services.text.chat_template import ChatEncoder
 from services.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -47,11 +48,16 @@ class GatewayDeployment:
         configure_logging(settings.telemetry.log_level, "gateway", replica)
         self._settings = settings
         self._load = ProcessLoad()
-        encoder = TokenizerHandle(tokenizer)
+        far = TokenizerHandle(tokenizer)
         async with translated():
             info: ModelInfo = await decode.model_info.remote()
         model = dataclasses.replace(info, name=served_name(settings.model))
-        template_digest = await encoder.template_digest()
+        vocabulary = await asyncio.to_thread(lambda: Tokenizer.from_folder(resolve_model(settings.model.path)))
+        near = ChatEncoder.from_tokenizer(vocabulary)
+        template_digest = await far.template_digest()
+        if near.template_digest != template_digest:
+            raise InvalidCheckpoint("chat template", "is not the same at gateway and tokenizer")
+        encoder = NearEncoder(near, vocabulary, far)
         metrics = Metrics("gateway", model.name)
         self._redis = connect(redis_settings(settings.sessions))
         keyspace = keyspace_of(settings.sessions)
@@ -60,7 +66,6 @@ class GatewayDeployment:
         replicas = Replicas(ReplicaRegistry(self._redis, keyspace), settings.sessions.registry_ttl_s, metrics)
         forgetting = Forgetting(replicas, self._decode, keyspace)
         sessions = GatewaySessions(store, settings.sessions, model.name, template_digest, forgetting)
-        vocabulary = await asyncio.to_thread(lambda: Tokenizer.from_folder(resolve_model(settings.model.path)))
         parts = PipelineParts(
             settings=settings,
             keyspace=keyspace,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 
@@ -28,6 +29,8 @@ class PrefillDeployment:
         configure_logging(settings.telemetry.log_level, "prefill", identity.replica_id)
         self._settings = settings
         self._runtime = await ReplicaRuntime.start(settings, Role.PREFILL, identity, rdt_transfer(settings))
+        if self._runtime.engine.kv_cache.pool.device.type == "cpu":
+            os.nice(settings.prefill.nice)
         # Decode is bound with prefill, so its handle can only be had once both are there.
         peers = HistoryHandle(lambda: serve.get_deployment_handle("decode"), settings.transfer.fetch_timeout_s)
         self._worker = PrefillWorker(self._runtime.loop, self._runtime.exchange, peers)
