@@ -230,7 +230,7 @@ class Scheduler:
         return ahead
 
     def commit(self, chunks: Iterable[Chunk], sampled: Mapping[str, int]) -> list[Sequence]:
-        """Closes the oldest open step: `chunks` are computed; `sampled`: the next token of each that samples, by seq_id.
+        """Closes the oldest open step. chunks: computed; sampled: the next token of each that samples, by seq_id.
 
         Returns the sequences that finished. Sequences that ended while the step was open are passed over. After a step
         that failed, `commit((), {})` closes it as if it had not been.
