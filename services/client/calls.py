@@ -13,7 +13,7 @@ import grpc
 from google.protobuf.message import Message as ProtoMessage
 from grpc_health.v1 import health_pb2
 
-from services.common.errors import AntiphonError, Unavailable
+from services.common.errors import AntiphonError, SessionBusy, Unavailable
 from services.common.messages import (
     Explanation,
     Message,
@@ -31,6 +31,8 @@ Input = str | Sequence[Message] | Sequence[int]
 """What a turn is about: a user's text, chat messages, or raw token ids."""
 
 MAX_ATTEMPTS = 4
+MAX_BUSY_ATTEMPTS = 12  # longer than a lost lease lasts, by default
+_BUSY_DELAY_S = 2.0
 Reply = TypeVar("Reply")
 
 _CHAT = "/antiphon.v1.ChatService/"
@@ -90,7 +92,11 @@ def generate_request(
 
 def delay_before_retry_s(error: AntiphonError, attempt: int, idempotency_key: str | None) -> float | None:
     """Seconds to wait before attempt number attempt + 1 (attempts count from 1); None: give up and raise the error."""
-    if idempotency_key is None or not isinstance(error, Unavailable) or attempt >= MAX_ATTEMPTS:
+    if idempotency_key is None:
+        return None
+    if isinstance(error, SessionBusy) and 1 < attempt < MAX_BUSY_ATTEMPTS:
+        return _BUSY_DELAY_S  # with an earlier attempt of this turn, which is lost: its lease ends by itself
+    if not isinstance(error, Unavailable) or attempt >= MAX_ATTEMPTS:
         return None
     return _FIRST_DELAY_S * float(2 ** (attempt - 1)) * random.uniform(0.5, 1.5)
 
