@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _ROOT = Path(__file__).parents[2]
+# What the pods of a cluster offer, each for its deployment (deploy/serve/cluster.yaml): here one machine offers it all.
+PLACES = dict.fromkeys(("gateway", "tokenizer", "prefill", "decode"), 8)
 _ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # stay on 127.0.0.1
     "RAY_AUTH_MODE": "token",  # Ray may turn it on by itself, depending on the home folder
@@ -46,6 +48,7 @@ def local_ray(num_cpus: int = 2, object_store_bytes: int = 100 * 2**20) -> Itera
     try:
         ray.init(
             num_cpus=num_cpus,
+            resources=PLACES,
             object_store_memory=object_store_bytes,
             include_dashboard=False,
             log_to_driver=False,
