@@ -158,6 +158,12 @@ def test_each_deployment_has_a_container_with_its_files(name: str) -> None:
     assert {str(path) for path in wanted} <= {secret["target"] for secret in service["secrets"]}
 
 
+def test_the_head_has_the_files_of_the_policy() -> None:
+    sessions = settings_of_compose().sessions
+    targets = {secret["target"] for secret in SERVICES["head"]["secrets"]}
+    assert {str(sessions.password_file), str(sessions.secret_file)} <= targets
+
+
 def test_the_images_are_those_of_kubernetes() -> None:
     pods: list[Pod] = Cluster("base", build(K8S / "base")).pods
     assert {service["image"] for service in SERVICES.values()} == {pod.main["image"] for pod in pods}

@@ -110,6 +110,16 @@ MISTAKES: dict[str, tuple[str, Mistake]] = {
         lambda p: p.serve(lambda d: d["applications"][0]["args"]["decode"].update(num_replica=2)),
     ),
     "a misspelt setting of an overlay": ("settings", lambda p: p.settings(ANTIPHON__GATEWAY__PROT="9001")),
+    "a policy that reads other settings": (
+        "scaling",
+        lambda p: p.serve(
+            lambda d: d["applications"][0]["autoscaling_policy"]["policy_kwargs"].update(settings={"decode": {}})
+        ),
+    ),
+    "no policy, though the cluster shall scale": (
+        "scaling",
+        lambda p: p.serve(lambda d: d["applications"][0].pop("autoscaling_policy")),
+    ),
     "a floating tag": ("image", lambda p: p.container("prefill").update(image="antiphon:latest")),
     "an image without a tag": (
         "image",

@@ -57,6 +57,23 @@ def serve_config(cluster: Cluster) -> Iterator[Finding]:
             yield Finding("settings", "serveConfigV2 and the settings' ConfigMap", str(error))
 
 
+def scaling(cluster: Cluster) -> Iterator[Finding]:
+    """scaling: our policy decides where the settings say so, and reads the settings that the replicas have."""
+    application = (cluster.serve_config.get("applications") or [{}])[0]
+    policy = application.get("autoscaling_policy") or {}
+    is_wanted = cluster.settings is not None and cluster.settings.autoscaling.enabled
+    if not is_wanted:
+        if policy:
+            yield Finding("scaling", "serveConfigV2", "a policy is given that autoscaling.enabled does not want")
+        return
+    try:
+        _imported(policy.get("policy_function", ""))
+    except (ImportError, AttributeError, ValueError) as error:
+        yield Finding("scaling", "serveConfigV2", f"autoscaling_policy: {error}")
+    if (policy.get("policy_kwargs") or {}).get("settings") != application.get("args"):
+        yield Finding("scaling", "serveConfigV2", "the policy has other settings than the replicas")
+
+
 def _unknown(document: Doc, model: type[pydantic.BaseModel], path: str) -> Iterator[str]:
     """Serve's schema drops what it does not know."""
     for key, value in document.items():
@@ -152,13 +169,14 @@ def files(cluster: Cluster) -> Iterator[Finding]:
     store = [settings.sessions.password_file, settings.sessions.secret_file, settings.sessions.tls_ca_file]
     tls = settings.gateway.tls
     edge = [settings.gateway.auth_tokens_file, *(tls.model_dump().values() if tls is not None else ())]
-    readers = {"gateway": store + edge, "prefill": store, "decode": store, "tokenizer": []}
+    head = store if settings.autoscaling.enabled else []  # the policy runs there
+    readers = {"head": head, "gateway": store + edge, "prefill": store, "decode": store, "tokenizer": []}
     for name, paths in readers.items():
-        pod = cluster.pod_of(name)
-        model = [] if settings.model.path == "demo" else [settings.model.path]
+        pod = cluster.pods[0] if name == "head" else cluster.pod_of(name)
+        model = [] if settings.model.path == "demo" or name == "head" else [settings.model.path]
         for path in [*paths, *model] if pod is not None else []:
             if path is not None and not _is_mounted(pod, str(path)):
-                yield Finding("files", f"group {name}", f"{path} is not in a volume of the pod")
+                yield Finding("files", name, f"{path} is not in a volume of the pod")
     if settings.gateway.auth_tokens_file is None:
         yield Finding("files", "gateway.auth_tokens_file", "the gateway is open to everybody without one")
 
@@ -184,4 +202,4 @@ def authentication(cluster: Cluster) -> Iterator[Finding]:
         yield Finding("auth", "authOptions", "mode token with a secretName is needed")
 
 
-CHECKS = (serve_config, placement, idle_head, reach, files, authentication)
+CHECKS = (serve_config, scaling, placement, idle_head, reach, files, authentication)
