@@ -2,11 +2,13 @@
 """Causal attention of several sequences on CUDA, without padding: flash attention over tiles of queries.
 
 The tiles of all sequences are laid out on the host, those with the most keys first, so that none of them ends alone.
+A few queries after a long prefix would leave most of the card idle: their keys are split, and the parts merged.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import triton
@@ -14,6 +16,9 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from services.engine.kernels.mla_prefill import queries_a_tile, query_tiles
+
+KEYS_A_PART = 1024
+MAX_PARTS = 16
 
 
 @dataclass(frozen=True)
@@ -58,14 +63,22 @@ def mla_prefill_triton(
     # Heads at a time: enough to fill the card twice; the fewer, the longer their keys stay in the L2 cache.
     num_sms = torch.cuda.get_device_properties(q.device).multi_processor_count
     heads_at_once = min(num_heads, triton.next_power_of_2(triton.cdiv(2 * num_sms, len(tiles))))
-    _attend[(len(tiles) * num_heads,)](
+    longest = max(end - start for start, end in pairwise(cu_k))
+    num_parts = _num_parts(len(tiles) * num_heads, longest, num_sms)
+    partial, lse = out, out
+    if num_parts > 1:
+        partial = torch.empty(num_parts, *out.shape, dtype=torch.float32, device=q.device)
+        lse = torch.empty(num_parts, num_queries, num_heads, dtype=torch.float32, device=q.device)
+    _attend[(len(tiles) * num_heads, num_parts)](
         _columns(q, tile.block_m, width_a),
         _columns(q, tile.block_m, width_b or width_a),
         _columns(k, tile.block_n, width_a),
         _columns(k, tile.block_n, width_b or width_a),
         _columns(v, tile.block_n, value_pow2),
-        out,
+        partial,
+        lse,
         tiles,
+        num_queries,
         scale * 1.4426950408889634,
         q.stride(1),
         k.stride(1),
@@ -80,10 +93,30 @@ def mla_prefill_triton(
         VALUE_POW2=value_pow2,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
+        PARTS=num_parts,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
+    if num_parts > 1:
+        _merge[(num_queries, num_heads)](
+            partial,
+            lse,
+            out,
+            num_queries,
+            NUM_HEADS=num_heads,
+            VALUE=value_dim,
+            VALUE_POW2=value_pow2,
+            PARTS=num_parts,
+            PARTS_POW2=triton.next_power_of_2(num_parts),
+            num_warps=1,
+        )
     return out
+
+
+def _num_parts(num_programs: int, longest: int, num_sms: int) -> int:
+    """Into how many parts the keys of each tile are split: as many as the card can work on at once, not too short."""
+    parts = min(num_sms // num_programs, longest // KEYS_A_PART, MAX_PARTS)
+    return 1 << max(0, parts).bit_length() - 1 if parts > 1 else 1
 
 
 def _addressable(x: torch.Tensor) -> torch.Tensor:
@@ -122,6 +155,7 @@ def _step(
     WIDTH_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
     IS_MASKED: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     """BLOCK_N keys, from `key` on. `last_key` [queries] is the last one each may see, `end_key` the end of them all."""
     k_a = k_a_columns.load([key, k_column])
@@ -137,8 +171,11 @@ def _step(
         # What follows is another sequence: its numbers have weight 0, but 0 times NaN is NaN.
         v = tl.where(keys[:, None] < end_key, v, 0.0)
     new_top = tl.maximum(top, tl.max(score, 1))
-    weight = tl.exp2(score - new_top[:, None])
-    shrink = tl.exp2(top - new_top)
+    reference = new_top
+    if IS_MASKED and PARTS > 1:  # a query may see nothing of a part
+        reference = tl.where(new_top == float("-inf"), 0.0, new_top)
+    weight = tl.exp2(score - reference[:, None])
+    shrink = tl.exp2(top - reference)
     total = total * shrink + tl.sum(weight, 1)
     acc = tl.dot(weight.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return acc, new_top, total
@@ -152,7 +189,9 @@ def _attend(
     k_b_columns,
     v_columns,
     out,
+    lse,
     tiles,
+    num_queries,
     scale_log2,
     q_head_stride,
     k_head_stride,
@@ -167,8 +206,9 @@ def _attend(
     VALUE_POW2: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    """One tile of queries of one head."""
+    """One tile of queries of one head, over one part of its keys."""
     first_head = tl.program_id(0) // (HEADS_AT_ONCE * num_tiles) * HEADS_AT_ONCE
     num_heads = tl.minimum(HEADS_AT_ONCE, NUM_HEADS - first_head)
     place = tl.program_id(0) - first_head * num_tiles
@@ -182,6 +222,12 @@ def _attend(
     end_key = tl.minimum(first_query + BLOCK_M, end_query) + shift
     # Whole steps that every query of the tile may see need no mask.
     end_unmasked = first_key + (first_query + shift + 1 - first_key) // BLOCK_N * BLOCK_N
+    stop = end_key
+    if PARTS > 1:
+        part_len = tl.cdiv(tl.cdiv(end_key - first_key, BLOCK_N), PARTS) * BLOCK_N
+        first_key += tl.program_id(1) * part_len
+        stop = tl.minimum(first_key + part_len, end_key)
+        end_unmasked = tl.maximum(tl.minimum(end_unmasked, stop), first_key)
 
     k_column = head * k_head_stride
     v_column = head * v_head_stride
@@ -199,14 +245,47 @@ def _attend(
     for key in range(first_key, end_unmasked, BLOCK_N):
         acc, top, total = _step(
             acc, top, total, q_a, q_b, k_a_columns, k_b_columns, v_columns, key, k_column, v_column,
-            queries + shift, end_key, scale_log2, WIDTH_A, WIDTH_B, BLOCK_N, False,
+            queries + shift, end_key, scale_log2, WIDTH_A, WIDTH_B, BLOCK_N, False, PARTS,
         )  # fmt: skip
-    for key in range(end_unmasked, end_key, BLOCK_N):
+    for key in range(end_unmasked, stop, BLOCK_N):
         acc, top, total = _step(
             acc, top, total, q_a, q_b, k_a_columns, k_b_columns, v_columns, key, k_column, v_column,
-            queries + shift, end_key, scale_log2, WIDTH_A, WIDTH_B, BLOCK_N, True,
+            queries + shift, end_key, scale_log2, WIDTH_A, WIDTH_B, BLOCK_N, True, PARTS,
         )  # fmt: skip
+    if PARTS > 1:
+        row = tl.program_id(1).to(tl.int64) * num_queries + queries
+        tl.store(lse + row * NUM_HEADS + head, top + tl.log2(total), mask=queries < end_query)
+        total = tl.where(total > 0.0, total, 1.0)
+    else:
+        row = queries.to(tl.int64)
     values = tl.arange(0, VALUE_POW2)
-    out_at = out + (queries[:, None].to(tl.int64) * NUM_HEADS + head) * VALUE + values[None, :]
+    out_at = out + (row[:, None] * NUM_HEADS + head) * VALUE + values[None, :]
     mask = (queries[:, None] < end_query) & (values[None, :] < VALUE)
     tl.store(out_at, (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _merge(
+    partial,
+    lse,
+    out,
+    num_queries,
+    NUM_HEADS: tl.constexpr,
+    VALUE: tl.constexpr,
+    VALUE_POW2: tl.constexpr,
+    PARTS: tl.constexpr,
+    PARTS_POW2: tl.constexpr,
+):
+    """The parts of one query and head, by their log-sum-exp (-inf for one that it sees nothing of)."""
+    query = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    p = tl.arange(0, PARTS_POW2)
+    values = tl.arange(0, VALUE_POW2)
+    at = (p.to(tl.int64) * num_queries + query) * NUM_HEADS + head
+    weight = tl.load(lse + at, mask=p < PARTS, other=float("-inf"))
+    weight = tl.exp2(weight - tl.max(weight, 0))
+    mask = (p[:, None] < PARTS) & (values[None, :] < VALUE)
+    parts = tl.load(partial + at[:, None] * VALUE + values[None, :], mask=mask, other=0.0)
+    merged = tl.sum(parts * weight[:, None], 0) / tl.sum(weight, 0)
+    out_at = out + (query * NUM_HEADS + head) * VALUE + values
+    tl.store(out_at, merged.to(out.dtype.element_ty), mask=values < VALUE)
