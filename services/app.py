@@ -41,6 +41,7 @@ from services.sessions.embedded import EmbeddedServer
 from services.tokenizer.deployment import TokenizerDeployment
 
 APP_NAME = "antiphon"
+RESOLVED_APPLICATION = "services.app:resolved_application"
 OBJECT_STORE_BYTES = 100 * 2**20  # KV blocks do not go through it
 _HELPER_CPUS = 0.1  # of a gateway or tokenizer replica, for Ray's placement
 _SECRET_BYTES = 32
@@ -150,24 +151,26 @@ def local_ray(settings: Settings) -> Iterator[None]:
 
 
 @contextmanager
-def deployed(settings: Settings) -> Iterator[Any]:
+def deployed(settings: Settings, config: dict[str, Any] | None = None) -> Iterator[Any]:
     """The handle of the application's gateway, once all replicas are ready; they drain and end at the end.
 
-    Raises Unavailable if the application does not start.
+    config: a Serve config of it, instead of the one that the settings make. Raises Unavailable if it does not start.
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     # No proxy: clients speak to the gateway's own server, and a proxy would be one more open port.
     serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING", "enable_access_log": False})
     try:
-        yield _run(settings)
+        yield _run(settings, config)
     finally:
         serve.delete(APP_NAME)  # Serve itself ends with Ray
 
 
-def _run(settings: Settings) -> Any:
+def _run(settings: Settings, config: dict[str, Any] | None) -> Any:
     try:
-        if settings.autoscaling.enabled:
-            return _run_config(serve_config(settings, APP_NAME, "services.app:resolved_application"))
+        if config is None and settings.autoscaling.enabled:
+            config = serve_config(settings, APP_NAME, RESOLVED_APPLICATION)
+        if config is not None:
+            return _run_config(config)
         return serve.run(build_app(settings), name=APP_NAME, route_prefix=None)
     except RuntimeError as error:  # a deployment that cannot start; the replica's own words are in the status
         raise Unavailable(f"the application did not start: {_first_message(error)}") from error

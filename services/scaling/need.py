@@ -30,7 +30,8 @@ def need_of(kind: Kind, snapshot: Snapshot, settings: AutoscalingSettings) -> Ne
     if kind is Kind.PREFILL:
         signals = _prefill(snapshot, settings)
     elif kind is Kind.DECODE:
-        signals = _decode(snapshot.decode, settings)
+        # What runs at a replica that drains ends there.
+        signals = _decode([each for each in snapshot.decode if not each.is_draining], settings)
     else:
         signals = _helper(snapshot.gateway if kind is Kind.GATEWAY else snapshot.tokenizer, settings)
     return Need(max(signals.values(), default=0.0), signals)
@@ -65,7 +66,8 @@ def _decode(replicas: Sequence[WorkerLoad], settings: AutoscalingSettings) -> di
     if rate is not None:
         # n sequences at a rate of r tokens a second together see a token every n / r seconds.
         num_sequences = sum(each.num_sequences for each in replicas)
-        signals["inter_token"] = num_sequences / (rate * settings.target_inter_token_s)
+        # A replica more than there are sequences would make none of them faster.
+        signals["inter_token"] = min(num_sequences / (rate * settings.target_inter_token_s), num_sequences)
     return signals
 
 

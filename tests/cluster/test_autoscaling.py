@@ -41,7 +41,7 @@ SPEC: dict[str, Any] = {
             "decode": {"min": 1, "max": 3},
             "interval_s": 0.5,
             "max_kv_usage": 0.03,  # thirty blocks: a few turns at once are a replica's share
-            "target_inter_token_s": 0.03,
+            "up_window_s": 1.0,
             "down_window_s": 5.0,
             "session_keep_s": 20.0,
         },
@@ -203,5 +203,8 @@ async def test_control_service_killed_and_restarted_under_load_fails_nothing(
         app.ask("restart-gcs 8")
         await load.run(0.5, asyncio.sleep(14))
         conversations = await load.ended()
-        await app.until(lambda state: state == before, 60)
+        after = (await app.until(lambda state: state["replicas"]["gateway"] == 1, 60))[-1]
+    assert {name: after["replicas"][name] for name in ("gateway", "tokenizer", "prefill")} == {
+        name: before["replicas"][name] for name in ("gateway", "tokenizer", "prefill")
+    }
     check_tokens(local, conversations)

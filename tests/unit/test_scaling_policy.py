@@ -126,6 +126,19 @@ def test_up_window_lets_a_spike_pass() -> None:
     assert targets[12:] == [1, 2]
 
 
+def test_one_slow_sequence_is_not_made_faster_by_another_replica() -> None:
+    slow = [worker(num_running=1, decode_tokens_per_s=5.0)]
+    assert ScalingPolicy(SETTINGS).decide(at(0.0, spread(1), slow))[Kind.DECODE].target == 1
+    slow = [worker(num_running=2, decode_tokens_per_s=5.0)]
+    assert ScalingPolicy(SETTINGS).decide(at(0.0, spread(1), slow))[Kind.DECODE].target == 2
+
+
+def test_what_a_draining_replica_still_runs_asks_for_no_other() -> None:
+    draining = worker("b", num_running=50, num_free_blocks=0, is_draining=True)
+    snapshot = Snapshot(0.0, {Kind.DECODE: 1}, decode=[worker(), draining])
+    assert ScalingPolicy(SETTINGS).decide(snapshot)[Kind.DECODE].target == 1
+
+
 # Down.
 
 
@@ -188,7 +201,7 @@ def test_sessions_that_fit_nowhere_keep_the_replica() -> None:
 
 
 def test_handing_over_that_costs_more_than_computing_again_keeps_the_replica() -> None:
-    slow = [worker(name, num_session_blocks=300, num_idle_sessions=5, transfer_bytes_per_s=1e6) for name in "ab"]
+    slow = [worker(name, num_session_blocks=100, num_idle_sessions=5, transfer_bytes_per_s=1e6) for name in "ab"]
     decision = settled(slow)
     assert decision.target == 2
     assert "to hand over takes" in decision.reason
