@@ -17,6 +17,7 @@ from types import FrameType
 
 from rich.console import Console
 
+from services.cli_options import SamplingOptions
 from services.client import Client, Session
 from services.cluster_cli import Stages, ready_panel
 from services.common.errors import AntiphonError
@@ -69,7 +70,7 @@ def run(config: Path, console: Console) -> None:
             converse(client.create_session("demo"), console)
         if sys.stdin.isatty():
             console.print("\nYour turn. The session goes on:")
-            chat_remote(running.target, "demo", SAMPLING)
+            chat_remote(running.target, "demo", SamplingOptions(temperature=0.6, top_p=0.9, seed=7, max_tokens=64))
 
 
 def main() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -15,35 +16,77 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from services.common.errors import InvalidRequest
+from services.common.errors import AntiphonError, InvalidRequest
 from services.common.messages import Delta, Finished, Message, SamplingParams
 from services.local import LocalPipeline, LocalRequest
 from services.text.chat_template import ROLES, ChatEncoder
 
 
-def complete_lines(pipeline: LocalPipeline, source: Path, target: Path | None, params: SamplingParams) -> None:
-    """JSONL in, JSONL out: one reply a line, in the order of the input."""
-    requests = [_request(pipeline, number, line, params) for number, line in _lines(source)]
-    replies = [_empty_reply() for _ in requests]
-    num_written = 0
+def complete_lines(pipeline: LocalPipeline, source: Path, target: Path | None, params: SamplingParams) -> list[str]:
+    """JSONL in, JSONL out: one record a line, in the order of the input. Returns what was wrong with which lines.
+
+    A line that cannot be served has `error` in its record, with the line's number; the other lines are served.
+    """
+    records: list[_Record] = []
+    requests: list[LocalRequest] = []
+    asked: list[_Record] = []  # one a request
+    for number, text in _texts(source):
+        records.append(record := _Record(number))
+        try:
+            requests.append(_request(pipeline, number, _object(number, text), params))
+            asked.append(record)
+        except InvalidRequest as error:
+            record.failed(error)
+    waiting = deque(records)
     with _writer(target) as out:
-        for index, event in pipeline.run(requests):
-            _add(replies[index], event)
-            while num_written < len(replies) and replies[num_written]["usage"] is not None:
-                reply = {name: value for name, value in replies[num_written].items() if value or name == "text"}
-                out.write(json.dumps(reply) + "\n")
-                num_written += 1
+        for index, event in pipeline.run(requests, lambda index, error: asked[index].failed(error)):
+            asked[index].add(event)
+            _write_those_that_are_done(out, waiting)
+        _write_those_that_are_done(out, waiting)
+    return [record.problem for record in records if record.error is not None]
 
 
-def _add(reply: dict[str, Any], event: Delta | Finished) -> None:
-    if isinstance(event, Delta):
-        reply["text"] += event.text
-        reply["token_ids"] += event.token_ids
-        reply["logprobs"] += [asdict(each) for each in event.logprobs]
-        reply["prompt_logprobs"] += [asdict(each) for each in event.prompt_logprobs]
-    else:
-        reply["finish_reason"] = event.reason.value
-        reply["usage"] = asdict(event.usage)
+class _Record:
+    """What becomes of one line of the input."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        self._reply: dict[str, Any] = {"text": "", "token_ids": [], "logprobs": [], "prompt_logprobs": []}
+        self._is_finished = False
+        self.error: AntiphonError | None = None
+
+    @property
+    def is_done(self) -> bool:
+        return self._is_finished or self.error is not None
+
+    def add(self, event: Delta | Finished) -> None:
+        reply = self._reply
+        if isinstance(event, Delta):
+            reply["text"] += event.text
+            reply["token_ids"] += event.token_ids
+            reply["logprobs"] += [asdict(each) for each in event.logprobs]
+            reply["prompt_logprobs"] += [asdict(each) for each in event.prompt_logprobs]
+        else:
+            reply |= {"finish_reason": event.reason.value, "usage": asdict(event.usage)}
+            self._is_finished = True
+
+    def failed(self, error: AntiphonError) -> None:
+        self.error = error
+
+    @property
+    def problem(self) -> str:
+        message = str(self.error)
+        return message if message.startswith("line ") else f"line {self._number}: {message}"
+
+    def as_json(self) -> str:
+        if self.error is not None:
+            return json.dumps({"error": {"line": self._number, "reason": self.error.reason, "message": self.problem}})
+        return json.dumps({name: value for name, value in self._reply.items() if value or name == "text"})
+
+
+def _write_those_that_are_done(out: IO[str], waiting: deque[_Record]) -> None:
+    while waiting and waiting[0].is_done:
+        out.write(waiting.popleft().as_json() + "\n")
 
 
 def score_lines(pipeline: LocalPipeline, source: Path, target: Path | None, logits_file: Path | None) -> None:
@@ -78,6 +121,12 @@ def score_lines(pipeline: LocalPipeline, source: Path, target: Path | None, logi
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, object) of a JSONL file; empty lines are passed over."""
+    for number, text in _texts(path):
+        yield number, _object(number, text)
+
+
+def _texts(path: Path) -> Iterator[tuple[int, str]]:
+    """(line number, text) of the lines that are not empty. Raises InvalidRequest if the file cannot be read as text."""
     try:
         text = path.read_bytes().decode("utf-8")
     except OSError as error:
@@ -86,13 +135,17 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise InvalidRequest("--input", "not valid UTF-8") from error
     for number, line in enumerate(text.split("\n"), start=1):  # splitlines would also cut at U+2028 inside a string
         if line.strip():
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise InvalidRequest(f"line {number}", f"not JSON: {error}") from error
-            if not isinstance(value, dict):
-                raise InvalidRequest(f"line {number}", "not a JSON object")
-            yield number, value
+            yield number, line
+
+
+def _object(number: int, line: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"line {number}", f"not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"line {number}", "not a JSON object")
+    return value
 
 
 def _request(pipeline: LocalPipeline, number: int, line: Mapping[str, Any], params: SamplingParams) -> LocalRequest:
@@ -169,10 +222,6 @@ def _text_ids(pipeline: LocalPipeline, number: int, text: Any) -> list[int]:
     if not isinstance(text, str):
         raise InvalidRequest(f"line {number}", "text is a string")
     return pipeline.text.encode(text, add_bos=True, allow_control_tokens=True)
-
-
-def _empty_reply() -> dict[str, Any]:
-    return {"text": "", "token_ids": [], "logprobs": [], "prompt_logprobs": [], "finish_reason": None, "usage": None}
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from services.cli_options import LoadOptions, SamplingOptions
 from services.common.errors import InvalidRequest, InvalidSettings
 from services.common.messages import Delta, Finished, Message, SamplingParams
 from services.common.settings import EngineSettings, ModelSettings
@@ -20,6 +21,7 @@ from services.engine.hub import resolve_model
 from services.engine.loading import compute_dtype
 from services.engine.plan import Plan, plan
 from services.local import LocalPipeline, LocalRequest
+from services.terminal_text import shown
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)?", re.IGNORECASE)
 _UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -34,27 +36,18 @@ def parse_bytes(text: str, field: str) -> int:
     return int(size)
 
 
-def load(
-    model: str,
-    device: str,
-    dtype: str,
-    cache_mode: str,
-    kv_dtype: str,
-    load_format: str,
-    max_seq_len: int | None,
-    kv_memory: str | None,
-    console: Console,
-) -> LocalPipeline:
+def load(options: LoadOptions, console: Console) -> LocalPipeline:
     """The pipeline, with a progress bar while weights load."""
+    kv_memory = options.kv_memory
     kv_cache_bytes = None if kv_memory is None else parse_bytes(kv_memory, "--kv-memory")
     try:
         model_settings = ModelSettings.model_validate(
             {
-                "path": model, "dtype": dtype, "cache_mode": cache_mode, "kv_dtype": kv_dtype,
-                "load_format": load_format, "max_seq_len": max_seq_len,
+                "path": options.model, "dtype": options.dtype, "cache_mode": options.cache_mode,
+                "kv_dtype": options.kv_dtype, "load_format": options.load_format, "max_seq_len": options.max_seq_len,
             }
         )  # fmt: skip
-        engine_settings = EngineSettings.model_validate({"device": device, "kv_cache_bytes": kv_cache_bytes})
+        engine_settings = EngineSettings.model_validate({"device": options.device, "kv_cache_bytes": kv_cache_bytes})
     except ValidationError as error:
         first = error.errors()[0]
         option = "--" + str(first["loc"][-1] if first["loc"] else "kv_dtype").replace("_", "-")
@@ -68,15 +61,10 @@ def load(
         )
 
 
-def sampling(
-    pipeline: LocalPipeline, temperature: float | None, top_p: float | None, max_tokens: int | None, seed: int | None
-) -> SamplingParams:
+def sampling(pipeline: LocalPipeline, options: SamplingOptions) -> SamplingParams:
     """The checkpoint's defaults, overridden by what was given."""
-    values: dict[str, Any] = {}
-    if pipeline.tokenizer is not None:
-        values |= pipeline.tokenizer.config.sampling_defaults
-    given = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
-    return SamplingParams(**(values | {name: value for name, value in given.items() if value is not None}))
+    defaults: dict[str, Any] = {} if pipeline.tokenizer is None else dict(pipeline.tokenizer.config.sampling_defaults)
+    return options.over(SamplingParams(**defaults))
 
 
 def converse(pipeline: LocalPipeline, params: SamplingParams, system: str | None, console: Console) -> None:
@@ -97,7 +85,7 @@ def converse(pipeline: LocalPipeline, params: SamplingParams, system: str | None
         try:
             for event in turn:
                 if isinstance(event, Delta):
-                    console.out(event.text, end="", highlight=False)
+                    console.out(shown(event.text), end="", highlight=False)
                 else:
                     console.print(f"\n[dim]{figures(event)}[/]", highlight=False, soft_wrap=True)
         except KeyboardInterrupt:
@@ -107,10 +95,10 @@ def converse(pipeline: LocalPipeline, params: SamplingParams, system: str | None
             print_error(console, error)
 
 
-def print_error(console: Console, error: Exception) -> None:
-    """One line. The message may hold anything a user wrote: it is printed as it is, never as markup."""
+def print_error(console: Console, error: Exception | str) -> None:
+    """One line. The message may hold anything a user wrote: it is shown as it is, never as markup or command."""
     console.print("[bold red]error:[/] ", end="")
-    console.out(error, highlight=False)
+    console.out(shown(str(error)), highlight=False)
 
 
 def figures(event: Finished) -> str:
@@ -131,7 +119,7 @@ def complete(pipeline: LocalPipeline, prompt: str, params: SamplingParams) -> No
     token_ids = pipeline.text.encode(prompt, add_bos=True, allow_control_tokens=True)
     for _, event in pipeline.run([LocalRequest(token_ids, params)]):
         if isinstance(event, Delta):
-            sys.stdout.write(event.text)
+            sys.stdout.write(shown(event.text) if sys.stdout.isatty() else event.text)
             sys.stdout.flush()
     sys.stdout.write("\n")
 
@@ -186,5 +174,5 @@ def _read_line(console: Console) -> str | None:
     except UnicodeDecodeError as error:
         raise InvalidRequest("input", "not valid UTF-8") from error
     console.print("[bold]> [/]", end="")
-    console.out(line, highlight=False)
+    console.out(shown(line), highlight=False)
     return line

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from services.common.errors import InvalidCheckpoint, InvalidRequest, QueueFull
+from services.common.errors import AntiphonError, InvalidCheckpoint, InvalidRequest, QueueFull
 from services.common.messages import (
     Delta,
     Finished,
@@ -44,6 +44,7 @@ from services.text.detokenizer import Detokenizer
 from services.text.tokenizer import Tokenizer
 
 REPLICA = "local"
+OnError = Callable[[int, AntiphonError], None] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,30 +99,33 @@ class LocalPipeline:
         """A new conversation. Raises UnsupportedConfig if the checkpoint has no usable chat template."""
         return LocalSession(self, ChatEncoder.from_tokenizer(self.text), tenant_salt)
 
-    def run(self, requests: Iterable[LocalRequest]) -> Generator[tuple[int, Delta | Finished]]:
+    def run(
+        self, requests: Iterable[LocalRequest], on_error: OnError = None
+    ) -> Generator[tuple[int, Delta | Finished]]:
         """Generates for all requests at once; yields (index of the request, event) as tokens come.
 
         More requests than may wait in the engine are added as room appears. Closing the iterator aborts what still
-        runs. Several runs may be open at once. Raises what `Engine.add` raises, and NumericsError.
+        runs. Several runs may be open at once. A request that cannot be served goes to on_error, with its index, and
+        the others go on; without on_error it is raised: what `Engine.add` raises, and NumericsError.
         """
         replies: dict[str, _Reply] = {}
         waiting = deque(enumerate(requests))
         try:
             while waiting or replies:
-                while waiting and self._add(*waiting[0], replies):
+                while waiting and self._add(*waiting[0], replies, on_error):
                     waiting.popleft()
                 for request_id, output in self._take(replies):
                     if request_id in replies:
-                        yield from self._events(output, replies)
+                        yield from self._events(output, replies, on_error)
         finally:
             for request_id in replies:
                 self._end(request_id, FinishReason.ABORTED)
 
-    def _add(self, index: int, request: LocalRequest, replies: dict[str, _Reply]) -> bool:
-        """Whether the engine has room for the request now."""
+    def _add(self, index: int, request: LocalRequest, replies: dict[str, _Reply], on_error: OnError) -> bool:
+        """Whether the request is off the list: the engine has room for it, or it cannot be served."""
         request_id = f"local-{next(self._ids)}"
-        reply = _Reply(index, request, self.tokenizer)
         try:
+            reply = _Reply(index, request, self.tokenizer)
             self.engine.add(
                 EngineRequest(request_id, request.token_ids, request.sampling, tenant_salt=request.tenant_salt)
             )
@@ -129,6 +133,11 @@ class LocalPipeline:
             if not replies:
                 raise
             return False
+        except InvalidRequest as error:
+            if on_error is None:
+                raise
+            on_error(index, error)
+            return True
         replies[request_id] = reply
         self._outputs[request_id] = deque()
         return True
@@ -147,10 +156,17 @@ class LocalPipeline:
         del self._outputs[request_id]
         self.engine.finish(request_id, reason)
 
-    def _events(self, output: EngineOutput, replies: dict[str, _Reply]) -> Iterator[tuple[int, Delta | Finished]]:
-        if output.error is not None:
-            raise output.error
+    def _events(
+        self, output: EngineOutput, replies: dict[str, _Reply], on_error: OnError
+    ) -> Iterator[tuple[int, Delta | Finished]]:
         reply = replies[output.request_id]
+        if output.error is not None:
+            if on_error is None:
+                raise output.error
+            del replies[output.request_id]
+            self._end(output.request_id, FinishReason.ERROR)
+            on_error(reply.index, output.error)
+            return
         yield reply.index, reply.delta(output)
         reason = FinishReason.STOP if reply.is_stopped else output.finish_reason
         if reason is not None:

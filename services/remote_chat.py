@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
+from services.cli_options import SamplingOptions
 from services.client import Client, Session
 from services.common.errors import AntiphonError
 from services.common.messages import (
@@ -18,7 +19,9 @@ from services.common.messages import (
     Started,
     TurnEvent,
 )
+from services.terminal_text import shown
 
+NOTHING_GIVEN = SamplingOptions()
 QUIT_WORDS = ("/bye", "/quit", "/exit")
 _SOURCES = {
     KvSource.LOCAL: "held by",
@@ -45,7 +48,7 @@ def show_turn(events: Iterable[TurnEvent], out: TextIO | None = None) -> ShownTu
     for event in events:
         if isinstance(event, Delta):
             pieces.append(event.text)
-            print(event.text, end="", flush=True, file=out)
+            print(shown(event.text) if out.isatty() else event.text, end="", flush=True, file=out)
         elif isinstance(event, Started):
             started = event
         else:
@@ -79,15 +82,17 @@ def summary(turn: ShownTurn) -> str:
 def chat_remote(
     target: str,
     session: str | None = None,
-    sampling: SamplingParams | None = None,
+    options: SamplingOptions = NOTHING_GIVEN,
     token: str | None = None,
     system: str | None = None,
 ) -> None:
     """A conversation at the terminal, with the session of that name (made if there is none). Ends at ^D or /bye.
 
-    ^C stops a reply. Raises the client's errors if the session cannot be opened.
+    ^C stops a reply. What options leave open is the checkpoint's default. Raises the client's errors if the session
+    cannot be opened.
     """
     with Client(target, token) as client:
+        sampling = options.over(client.model().default_sampling)
         opened = client.open_session(session) if session else client.create_session()
         print(f"session {opened.id} at {target}; /bye or ^D ends")
         first = system if opened.info().num_turns == 0 else None
@@ -101,23 +106,27 @@ def generate_remote(
     target: str,
     prompt: str,
     session: str | None = None,
-    sampling: SamplingParams | None = None,
+    options: SamplingOptions = NOTHING_GIVEN,
     token: str | None = None,
     quiet: bool = False,
 ) -> ShownTurn:
-    """One turn; with a session, the session's next one. Raises the client's errors."""
+    """The continuation of plain text, as without a cluster; with a session its reply to a message.
+
+    Raises the client's errors.
+    """
     with Client(target, token) as client:
+        sampling = options.over(client.model().default_sampling)
         if session:
             events = client.open_session(session).chat(prompt, sampling=sampling)
         else:
-            events = client.generate(prompt, sampling=sampling)
+            events = client.generate(client.tokenize(prompt, as_prompt=True), sampling=sampling)
         turn = show_turn(events)
     if not quiet:
         print(summary(turn), file=sys.stderr)
     return turn
 
 
-def _one_turn(session: Session, given: Sequence[Message], sampling: SamplingParams | None) -> bool:
+def _one_turn(session: Session, given: Sequence[Message], sampling: SamplingParams) -> bool:
     """True if the turn ended well. What went wrong is said, and the conversation goes on."""
     events = session.chat(given, sampling=sampling)
     try:

@@ -87,9 +87,9 @@ class AsyncClient:
         """Where the turn would run now, and why. Nothing runs."""
         return await self._call(calls.explain(given, session))
 
-    async def tokenize(self, given: str | Sequence[Message]) -> tuple[int, ...]:
-        """Token ids of text as it is, or of messages with the chat template."""
-        return await self._call(calls.tokenize(given))
+    async def tokenize(self, given: str | Sequence[Message], *, as_prompt: bool = False) -> tuple[int, ...]:
+        """Token ids of text as it is or as a raw prompt, or of messages with the chat template."""
+        return await self._call(calls.tokenize(given, as_prompt))
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, special tokens included."""

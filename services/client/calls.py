@@ -86,8 +86,11 @@ def new_idempotency_key() -> str:
 def generate_request(
     given: Input, session: str | None, sampling: SamplingParams | None, idempotency_key: str | None
 ) -> chat.GenerateRequest:
-    """The request of a turn. Raises InvalidRequest."""
-    return convert.turn_to_proto(_turn(given, session, sampling, idempotency_key))
+    """The request of a turn. sampling None: what the checkpoint says. Raises InvalidRequest."""
+    request = convert.turn_to_proto(_turn(given, session, sampling, idempotency_key))
+    if sampling is None:
+        request.ClearField("sampling")
+    return request
 
 
 def delay_before_retry_s(error: AntiphonError, attempt: int, idempotency_key: str | None) -> float | None:
@@ -117,9 +120,11 @@ def explain(given: Input, session: str | None) -> Unary[Explanation]:
     return Unary(_CHAT + "Explain", request, chat.ExplainResponse, convert.explanation_from_proto)
 
 
-def tokenize(given: str | Sequence[Message]) -> Unary[tuple[int, ...]]:
-    """Text as it is, or messages with the chat template."""
-    if isinstance(given, str):
+def tokenize(given: str | Sequence[Message], as_prompt: bool) -> Unary[tuple[int, ...]]:
+    """Text as it is or as a raw prompt, or messages with the chat template."""
+    if isinstance(given, str) and as_prompt:
+        request = chat.TokenizeRequest(prompt=given)
+    elif isinstance(given, str):
         request = chat.TokenizeRequest(text=given)
     else:
         request = chat.TokenizeRequest(chat=convert.messages_to_proto(given))

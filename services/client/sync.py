@@ -87,9 +87,9 @@ class Client:
         """Where the turn would run now, and why. Nothing runs."""
         return self._call(calls.explain(given, session))
 
-    def tokenize(self, given: str | Sequence[Message]) -> tuple[int, ...]:
-        """Token ids of text as it is, or of messages with the chat template."""
-        return self._call(calls.tokenize(given))
+    def tokenize(self, given: str | Sequence[Message], *, as_prompt: bool = False) -> tuple[int, ...]:
+        """Token ids of text as it is or as a raw prompt, or of messages with the chat template."""
+        return self._call(calls.tokenize(given, as_prompt))
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, special tokens included."""

@@ -347,7 +347,10 @@ class SessionPage:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """The model that is served. kv_token_bytes: cache bytes one token takes, all layers together."""
+    """The model that is served. kv_token_bytes: cache bytes one token takes, all layers together.
+
+    default_sampling: of requests that say nothing else; the checkpoint's own.
+    """
 
     name: str
     dtype: str
@@ -358,3 +361,4 @@ class ModelInfo:
     num_layers: int
     kv_token_bytes: int
     fingerprint: str
+    default_sampling: SamplingParams = SamplingParams()

@@ -18,6 +18,7 @@ from services.common.messages import (
     Message,
     ModelInfo,
     RoutingDecision,
+    SamplingParams,
     Started,
     TurnEvent,
     TurnRequest,
@@ -45,6 +46,7 @@ def turn_from_proto(
     request_id: str,
     deadline_s: float | None = None,
     traceparent: str | None = None,
+    default_sampling: SamplingParams = values.DEFAULT_SAMPLING,
 ) -> TurnRequest:
     """A turn, from the body and from what the edge knows beside it. An ExplainRequest is a turn without sampling."""
     sampling, key = types.SamplingParams(), None
@@ -63,7 +65,7 @@ def turn_from_proto(
         session=session,
         messages=messages,
         token_ids=token_ids,
-        sampling=values.sampling_from_proto(sampling),
+        sampling=values.sampling_from_proto(sampling, default_sampling),
         idempotency_key=key,
         deadline_s=deadline_s,
         traceparent=traceparent,
@@ -229,12 +231,14 @@ def explanation_from_proto(message: chat.ExplainResponse) -> Explanation:
 
 def model_to_proto(model: ModelInfo) -> chat.Model:
     """Same names on both sides."""
-    return chat.Model(**{name: getattr(model, name) for name in ModelInfo.__slots__})
+    fields = {name: getattr(model, name) for name in ModelInfo.__slots__}
+    return chat.Model(**fields | {"default_sampling": values.sampling_to_proto(model.default_sampling)})
 
 
 def model_from_proto(message: chat.Model) -> ModelInfo:
     """Same names on both sides."""
-    return ModelInfo(**{name: getattr(message, name) for name in ModelInfo.__slots__})
+    fields = {name: getattr(message, name) for name in ModelInfo.__slots__}
+    return ModelInfo(**fields | {"default_sampling": values.sampling_from_proto(message.default_sampling)})
 
 
 def _input_from_proto(

@@ -15,7 +15,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from services.common.errors import AntiphonError, InvalidCheckpoint, QueueFull, Unavailable
-from services.common.messages import Message, ModelInfo
+from services.common.messages import Message, ModelInfo, SamplingParams
 from services.common.process_load import ProcessLoad
 from services.common.settings import Settings
 from services.common.telemetry import Metrics, MetricsServer, configure_logging
@@ -51,8 +51,9 @@ class GatewayDeployment:
         far = TokenizerHandle(tokenizer)
         async with translated():
             info: ModelInfo = await decode.model_info.remote()
-        model = dataclasses.replace(info, name=served_name(settings.model))
         vocabulary = await asyncio.to_thread(lambda: Tokenizer.from_folder(resolve_model(settings.model.path)))
+        defaults = SamplingParams(**vocabulary.config.sampling_defaults)  # type: ignore[arg-type]
+        model = dataclasses.replace(info, name=served_name(settings.model), default_sampling=defaults)
         near = ChatEncoder.from_tokenizer(vocabulary)
         template_digest = await far.template_digest()
         if near.template_digest != template_digest:
@@ -131,10 +132,10 @@ class TokenizerHandle:
             )
             return ids
 
-    async def tokenize(self, text: str) -> list[int]:
-        """Token ids of text as it is."""
+    async def tokenize(self, text: str, as_prompt: bool = False) -> list[int]:
+        """Token ids of text as it is, or as a raw prompt."""
         async with translated():
-            ids: list[int] = await self._handle.tokenize.remote(text)
+            ids: list[int] = await self._handle.tokenize.remote(text, as_prompt)
             return ids
 
 

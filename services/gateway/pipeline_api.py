@@ -50,8 +50,8 @@ class Text(Protocol):
         """Applies the chat template, up to where the reply begins."""
         ...
 
-    async def tokenize(self, text: str) -> Sequence[int]:
-        """No template and no special tokens."""
+    async def tokenize(self, text: str, as_prompt: bool = False) -> Sequence[int]:
+        """No template. as_prompt: begins as a text has to, and control tokens are what they say; else all is text."""
         ...
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:

@@ -46,8 +46,9 @@ class ChatServicer(chat_service_pb2_grpc.ChatServiceServicer):
     async def Generate(self, request: chat.GenerateRequest, context: Context) -> None:  # type: ignore[override]
         """Streams one turn."""
         async with self._edge.call(context, "Generate") as call:
+            defaults = (await self._text.model()).default_sampling
             turn = convert.turn_from_proto(
-                request, call.tenant, call.request_id, call.deadline_s, traceparent=call.trace.header()
+                request, call.tenant, call.request_id, call.deadline_s, call.trace.header(), defaults
             )
             if self.num_running_turns >= self._max_concurrent_turns:
                 raise QueueFull("as many turns are running as this gateway takes")
@@ -66,9 +67,11 @@ class ChatServicer(chat_service_pb2_grpc.ChatServiceServicer):
         async with self._edge.call(context, "Tokenize"):
             kind = request.WhichOneof("input")
             if kind is None:
-                raise InvalidRequest("input", "chat or text is required")
+                raise InvalidRequest("input", "chat, text or prompt is required")
             if kind == "chat":
                 token_ids = await self._text.tokenize_chat(convert.messages_from_proto(request.chat))
+            elif kind == "prompt":
+                token_ids = await self._text.tokenize(request.prompt, as_prompt=True)
             else:
                 token_ids = await self._text.tokenize(request.text)
             return chat.TokenizeResponse(token_ids=token_ids)

@@ -28,8 +28,8 @@ class Encoder(Protocol):
         """What a turn's new messages add to the journal."""
         ...
 
-    async def tokenize(self, text: str) -> list[int]:
-        """Token ids of text as it is."""
+    async def tokenize(self, text: str, as_prompt: bool = False) -> list[int]:
+        """Token ids of text as it is, or as a raw prompt."""
         ...
 
 
@@ -54,11 +54,11 @@ class NearEncoder:
             messages, is_first_turn=is_first_turn, previous_turn_ended_with_eos=previous_turn_ended_with_eos
         )
 
-    async def tokenize(self, text: str) -> list[int]:
+    async def tokenize(self, text: str, as_prompt: bool = False) -> list[int]:
         """See Encoder."""
         if len(text) > MAX_NEAR_CHARS:
-            return await self._far.tokenize(text)
-        return self._tokenizer.encode(text, field="text")
+            return await self._far.tokenize(text, as_prompt)
+        return self._tokenizer.encode(text, allow_control_tokens=as_prompt, add_bos=as_prompt, field="text")
 
 
 class GatewayText:
@@ -73,9 +73,9 @@ class GatewayText:
         """The first turn of a session."""
         return await self._encoder.encode_turn(messages, True, True)
 
-    async def tokenize(self, text: str) -> Sequence[int]:
-        """No template and no special tokens."""
-        return await self._encoder.tokenize(text)
+    async def tokenize(self, text: str, as_prompt: bool = False) -> Sequence[int]:
+        """No template."""
+        return await self._encoder.tokenize(text, as_prompt)
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         """Special tokens included."""

@@ -41,6 +41,6 @@ class TokenizerDeployment:
             messages, is_first_turn=is_first_turn, previous_turn_ended_with_eos=previous_turn_ended_with_eos
         )
 
-    def tokenize(self, text: str) -> list[int]:
-        """Token ids of text as it is. Raises InvalidRequest, PromptTooLong."""
-        return self._tokenizer.encode(text, field="text")
+    def tokenize(self, text: str, as_prompt: bool = False) -> list[int]:
+        """Token ids of text as it is, or as a raw prompt. Raises InvalidRequest, PromptTooLong."""
+        return self._tokenizer.encode(text, allow_control_tokens=as_prompt, add_bos=as_prompt, field="text")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -20,6 +21,7 @@ from services.common.messages import (
 )
 from services.pb.antiphon.v1 import types_pb2 as pb
 
+DEFAULT_SAMPLING: Final = SamplingParams()
 _OPTIONAL_SAMPLING: Final = (
     *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
     *("seed", "max_tokens", "ignore_eos", "logprobs", "prompt_logprobs"),
@@ -50,10 +52,11 @@ KV_SOURCES: Final = EnumMap(KvSource, pb.KvSource, "KV_SOURCE")
 PREFILL_PLACES: Final = EnumMap(PrefillPlace, pb.PrefillPlace, "PREFILL_PLACE")
 
 
-def sampling_from_proto(message: pb.SamplingParams) -> SamplingParams:
-    """Unset fields get their defaults. Raises InvalidRequest, naming the proto's field."""
+def sampling_from_proto(message: pb.SamplingParams, defaults: SamplingParams = DEFAULT_SAMPLING) -> SamplingParams:
+    """Unset fields are those of `defaults`. Raises InvalidRequest, naming the proto's field."""
     values: dict[str, Any] = {name: getattr(message, name) for name in _OPTIONAL_SAMPLING if message.HasField(name)}
-    return SamplingParams(
+    return dataclasses.replace(
+        defaults,
         logit_bias=dict(message.logit_bias),
         stop_token_ids=tuple(message.stop_token_ids),
         stop=tuple(message.stop),

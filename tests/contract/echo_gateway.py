@@ -16,6 +16,7 @@ from services.common.messages import (
     ModelInfo,
     RoutingDecision,
     RoutingReason,
+    SamplingParams,
     SessionInfo,
     SessionPage,
     Started,
@@ -28,6 +29,7 @@ from services.common.settings import GatewaySettings
 from services.common.telemetry import Metrics
 from services.gateway.server import GatewayServer
 
+DEFAULT_SAMPLING = SamplingParams(temperature=0.6, top_p=0.9)
 ROUTING = RoutingDecision("decode-1", RoutingReason.NO_HOLDER, "nobody holds any of it")
 
 
@@ -120,14 +122,14 @@ class EchoPipeline:
     async def tokenize_chat(self, messages: Sequence[Message]) -> Sequence[int]:
         return [0, *(ord(character) for message in messages for character in message.content)]
 
-    async def tokenize(self, text: str) -> Sequence[int]:
-        return [ord(character) for character in text]
+    async def tokenize(self, text: str, as_prompt: bool = False) -> Sequence[int]:
+        return [*([0] if as_prompt else []), *(ord(character) for character in text)]
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         return "".join(map(chr, token_ids))
 
     async def model(self) -> ModelInfo:
-        return ModelInfo("echo", "float32", "absorb", 4096, 0x110000, 16, 1, 4, "f00")
+        return ModelInfo("echo", "float32", "absorb", 4096, 0x110000, 16, 1, 4, "f00", DEFAULT_SAMPLING)
 
 
 class Running:

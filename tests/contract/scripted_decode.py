@@ -123,7 +123,7 @@ class InProcessEncoder:
             messages, is_first_turn=is_first_turn, previous_turn_ended_with_eos=previous_turn_ended_with_eos
         )
 
-    async def tokenize(self, text: str) -> list[int]:
+    async def tokenize(self, text: str, as_prompt: bool = False) -> list[int]:
         return self._tokenizer.encode(text)
 
 

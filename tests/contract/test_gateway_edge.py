@@ -5,6 +5,7 @@ import inspect
 import json
 import logging
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -14,6 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from prometheus_client import generate_latest
 
+from services.cli_options import SamplingOptions
 from services.client import AsyncClient, AsyncSession, Client, Session
 from services.common import errors
 from services.common.messages import (
@@ -23,13 +25,17 @@ from services.common.messages import (
     Message,
     SamplingParams,
     Started,
+    TurnRequest,
     Usage,
 )
 from services.common.telemetry import JsonFormatter, TraceContext
+from services.gateway import convert
 from services.gateway.status import status_of
 from services.pb.antiphon.v1 import chat_service_pb2 as chat
 from services.pb.antiphon.v1 import chat_service_pb2_grpc
-from tests.contract.echo_gateway import ROUTING, collect, connected, running, text_of
+from services.pb.antiphon.v1 import types_pb2 as types
+from services.remote_chat import generate_remote
+from tests.contract.echo_gateway import DEFAULT_SAMPLING, ROUTING, collect, connected, running, text_of
 
 GENERATE = "/antiphon.v1.ChatService/Generate"
 SERVICES = ("antiphon.v1.ChatService", "antiphon.v1.SessionService")
@@ -108,10 +114,38 @@ async def test_a_second_turn_on_a_busy_session_is_aborted_by_name() -> None:
 async def test_text_model_and_explain_are_served() -> None:
     async with connected() as (_, client):
         assert await client.tokenize("ab") == (97, 98)
+        assert await client.tokenize("ab", as_prompt=True) == (0, 97, 98)
         assert await client.tokenize([Message("user", "a")]) == (0, 97)
         assert await client.detokenize([97, 98]) == "ab"
         assert (await client.model()).name == "echo"
         assert (await client.explain("abc")) == Explanation(ROUTING, 3, 0)
+
+
+async def test_what_a_turn_does_not_say_of_sampling_is_the_checkpoints_default() -> None:
+    async with connected() as (edge, client):
+        assert (await client.model()).default_sampling == DEFAULT_SAMPLING
+        await collect(client.generate("x"))
+        await collect(client.generate("x", sampling=SamplingParams()))
+        stub = chat_service_pb2_grpc.ChatServiceStub(client._channel)
+        body = convert.turn_to_proto(TurnRequest("", "", None, (Message("user", "x"),)))
+        body.sampling.CopyFrom(types.SamplingParams(top_p=0.5))
+        async for _ in stub.Generate(body):
+            pass
+    default, explicit, partial = (turn.sampling for turn in edge.pipeline.turns)
+    assert default == DEFAULT_SAMPLING
+    assert explicit == SamplingParams()
+    assert partial == SamplingParams(temperature=0.6, top_p=0.5)
+
+
+async def test_generate_at_a_cluster_is_what_it_is_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with connected() as (edge, _):
+        turns = edge.pipeline.turns
+        await asyncio.to_thread(generate_remote, edge.target, "ab", quiet=True)
+        await asyncio.to_thread(generate_remote, edge.target, "ab", options=SamplingOptions(seed=3), quiet=True)
+        await asyncio.to_thread(generate_remote, edge.target, "ab", session="talk", quiet=True)
+    assert [turn.token_ids for turn in turns] == [(0, 97, 98), (0, 97, 98), ()]
+    assert turns[2].messages == (Message("user", "ab"),)
+    assert [turn.sampling for turn in turns[:2]] == [DEFAULT_SAMPLING, replace(DEFAULT_SAMPLING, seed=3)]
 
 
 async def test_the_sync_client_does_the_same() -> None:

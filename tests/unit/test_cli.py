@@ -186,18 +186,37 @@ def test_generate_writes_to_standard_output_and_separates_lines_at_line_feeds_on
         ({"prompt": "x", "sampling": {"logit_bias": [5]}}, "sampling.logit_bias"),
     ],
 )
-def test_generate_refuses_a_bad_line_by_its_number(tmp_path, demo_pipeline, line, named):
-    source = jsonl(tmp_path / "in.jsonl", {"prompt": "fine"}, line)
-    with pytest.raises(InvalidRequest) as caught:
-        cli_jsonl.complete_lines(demo_pipeline, source, tmp_path / "out.jsonl", SamplingParams())
-    assert str(caught.value).startswith("line 2: ")
-    assert named in str(caught.value)
-    assert not (tmp_path / "out.jsonl").exists()
+def test_generate_reports_a_bad_line_by_its_number_and_serves_the_others(tmp_path, demo_pipeline, line, named):
+    source = jsonl(tmp_path / "in.jsonl", {"prompt": "fine"}, line, {"prompt": "fine"})
+    target = tmp_path / "out.jsonl"
+    greedy = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+    (problem,) = cli_jsonl.complete_lines(demo_pipeline, source, target, greedy)
+    assert problem.startswith("line 2: ")
+    assert named in problem
+    before, bad, after = records(target.read_text("utf-8"))
+    assert before == after
+    assert before["usage"]["num_generated_tokens"] == 4
+    assert bad == {"error": {"line": 2, "reason": "INVALID_REQUEST", "message": problem}}
+
+
+def test_generate_goes_on_after_a_line_that_is_too_long_for_the_model(tmp_path, demo_pipeline):
+    source = jsonl(tmp_path / "in.jsonl", {"token_ids": [5] * 9000}, {"prompt": "fine"}, {"token_ids": [10**6]})
+    target = tmp_path / "out.jsonl"
+    problems = cli_jsonl.complete_lines(
+        demo_pipeline, source, target, SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
+    )
+    assert [problem[:7] for problem in problems] == ["line 1:", "line 3:"]
+    first, second, third = records(target.read_text("utf-8"))
+    assert first["error"]["reason"] == "PROMPT_TOO_LONG"
+    assert third["error"]["line"] == 3
+    assert second["usage"]["num_generated_tokens"] == 2
 
 
 def test_generate_shows_a_bad_line_as_one_line_of_error(tmp_path):
     source = jsonl(tmp_path / "in.jsonl", {"prompt": "x", "sampling": {"temperature": "hot"}})
-    assert_refused(run("generate", "--input", source), "line 1: sampling.temperature")
+    result = run("generate", "--input", source)
+    assert_refused(result, "line 1: sampling.temperature")
+    assert records(result.stdout)[0]["error"]["line"] == 1
 
 
 # score

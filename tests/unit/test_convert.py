@@ -225,7 +225,7 @@ def test_sessions_round_trip() -> None:
 
 
 def test_model_and_explanation_round_trip() -> None:
-    model = ModelInfo("demo", "float32", "absorb", 4096, 1000, 16, 4, 1152, "f00")
+    model = ModelInfo("demo", "float32", "absorb", 4096, 1000, 16, 4, 1152, "f00", SamplingParams(top_k=5))
     assert convert.model_from_proto(convert.model_to_proto(model)) == model
     explanation = Explanation(RoutingDecision("d", RoutingReason.RANDOM), 5, 4)
     assert convert.explanation_from_proto(convert.explanation_to_proto(explanation)) == explanation

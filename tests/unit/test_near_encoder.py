@@ -29,7 +29,7 @@ class CountingEncoder:
             messages, is_first_turn=is_first_turn, previous_turn_ended_with_eos=previous_turn_ended_with_eos
         )
 
-    async def tokenize(self, text: str) -> list[int]:
+    async def tokenize(self, text: str, as_prompt: bool = False) -> list[int]:
         self.num_calls += 1
         return self._tokenizer.encode(text)
 

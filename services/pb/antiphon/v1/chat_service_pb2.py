@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from services.pb.antiphon.v1 import types_pb2 as antiphon_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x61ntiphon/v1/chat_service.proto\x12\x0b\x61ntiphon.v1\x1a\x17\x61ntiphon/v1/types.proto\"\xdf\x01\n\x0fGenerateRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12&\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x16.antiphon.v1.ChatInputH\x00\x12)\n\x06tokens\x18\x03 \x01(\x0b\x32\x17.antiphon.v1.TokenInputH\x00\x12-\n\x08sampling\x18\x04 \x01(\x0b\x32\x1b.antiphon.v1.SamplingParams\x12\x1c\n\x0fidempotency_key\x18\x05 \x01(\tH\x01\x88\x01\x01\x42\x07\n\x05inputB\x12\n\x10_idempotency_key\"\x94\x01\n\x10GenerateResponse\x12\'\n\x07started\x18\x01 \x01(\x0b\x32\x14.antiphon.v1.StartedH\x00\x12#\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x12.antiphon.v1.DeltaH\x00\x12)\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x15.antiphon.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"\xa1\x01\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07session\x18\x02 \x01(\t\x12\x0c\n\x04turn\x18\x03 \x01(\r\x12\x19\n\x11num_prompt_tokens\x18\x04 \x01(\r\x12\x19\n\x11num_cached_tokens\x18\x05 \x01(\r\x12-\n\x07routing\x18\x06 \x01(\x0b\x32\x1c.antiphon.v1.RoutingDecision\"\x9a\x01\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\r\n\x05index\x18\x03 \x01(\r\x12,\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1a.antiphon.v1.TokenLogprobs\x12\x33\n\x0fprompt_logprobs\x18\x05 \x03(\x0b\x32\x1a.antiphon.v1.TokenLogprobs\"\x9a\x02\n\x08\x46inished\x12)\n\x06reason\x18\x01 \x01(\x0e\x32\x19.antiphon.v1.FinishReason\x12!\n\x05usage\x18\x02 \x01(\x0b\x32\x12.antiphon.v1.Usage\x12%\n\x07timings\x18\x03 \x01(\x0b\x32\x14.antiphon.v1.Timings\x12\x0f\n\x07replica\x18\x04 \x01(\t\x12)\n\nkv_origins\x18\x05 \x03(\x0b\x32\x15.antiphon.v1.KvOrigin\x12\x30\n\rprefill_place\x18\x06 \x01(\x0e\x32\x19.antiphon.v1.PrefillPlace\x12\x16\n\x0eprefill_reason\x18\x07 \x01(\t\x12\x13\n\x0bnum_resumes\x18\x08 \x01(\r\"R\n\x0fTokenizeRequest\x12&\n\x04\x63hat\x18\x01 \x01(\x0b\x32\x16.antiphon.v1.ChatInputH\x00\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x42\x07\n\x05input\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"&\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x11\n\x0fGetModelRequest\"5\n\x10GetModelResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.antiphon.v1.Model\"\xb6\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x12\n\ncache_mode\x18\x03 \x01(\t\x12\x13\n\x0bmax_seq_len\x18\x04 \x01(\r\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x12\n\nblock_size\x18\x06 \x01(\r\x12\x12\n\nnum_layers\x18\x07 \x01(\r\x12\x16\n\x0ekv_token_bytes\x18\x08 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\t \x01(\t\"}\n\x0e\x45xplainRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12&\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x16.antiphon.v1.ChatInputH\x00\x12)\n\x06tokens\x18\x03 \x01(\x0b\x32\x17.antiphon.v1.TokenInputH\x00\x42\x07\n\x05input\"v\n\x0f\x45xplainResponse\x12-\n\x07routing\x18\x01 \x01(\x0b\x32\x1c.antiphon.v1.RoutingDecision\x12\x19\n\x11num_prompt_tokens\x18\x02 \x01(\r\x12\x19\n\x11num_cached_tokens\x18\x03 \x01(\r2\xff\x02\n\x0b\x43hatService\x12I\n\x08Generate\x12\x1c.antiphon.v1.GenerateRequest\x1a\x1d.antiphon.v1.GenerateResponse0\x01\x12G\n\x08Tokenize\x12\x1c.antiphon.v1.TokenizeRequest\x1a\x1d.antiphon.v1.TokenizeResponse\x12M\n\nDetokenize\x12\x1e.antiphon.v1.DetokenizeRequest\x1a\x1f.antiphon.v1.DetokenizeResponse\x12G\n\x08GetModel\x12\x1c.antiphon.v1.GetModelRequest\x1a\x1d.antiphon.v1.GetModelResponse\x12\x44\n\x07\x45xplain\x12\x1b.antiphon.v1.ExplainRequest\x1a\x1c.antiphon.v1.ExplainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x61ntiphon/v1/chat_service.proto\x12\x0b\x61ntiphon.v1\x1a\x17\x61ntiphon/v1/types.proto\"\xdf\x01\n\x0fGenerateRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12&\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x16.antiphon.v1.ChatInputH\x00\x12)\n\x06tokens\x18\x03 \x01(\x0b\x32\x17.antiphon.v1.TokenInputH\x00\x12-\n\x08sampling\x18\x04 \x01(\x0b\x32\x1b.antiphon.v1.SamplingParams\x12\x1c\n\x0fidempotency_key\x18\x05 \x01(\tH\x01\x88\x01\x01\x42\x07\n\x05inputB\x12\n\x10_idempotency_key\"\x94\x01\n\x10GenerateResponse\x12\'\n\x07started\x18\x01 \x01(\x0b\x32\x14.antiphon.v1.StartedH\x00\x12#\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x12.antiphon.v1.DeltaH\x00\x12)\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x15.antiphon.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"\xa1\x01\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07session\x18\x02 \x01(\t\x12\x0c\n\x04turn\x18\x03 \x01(\r\x12\x19\n\x11num_prompt_tokens\x18\x04 \x01(\r\x12\x19\n\x11num_cached_tokens\x18\x05 \x01(\r\x12-\n\x07routing\x18\x06 \x01(\x0b\x32\x1c.antiphon.v1.RoutingDecision\"\x9a\x01\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\r\n\x05index\x18\x03 \x01(\r\x12,\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1a.antiphon.v1.TokenLogprobs\x12\x33\n\x0fprompt_logprobs\x18\x05 \x03(\x0b\x32\x1a.antiphon.v1.TokenLogprobs\"\x9a\x02\n\x08\x46inished\x12)\n\x06reason\x18\x01 \x01(\x0e\x32\x19.antiphon.v1.FinishReason\x12!\n\x05usage\x18\x02 \x01(\x0b\x32\x12.antiphon.v1.Usage\x12%\n\x07timings\x18\x03 \x01(\x0b\x32\x14.antiphon.v1.Timings\x12\x0f\n\x07replica\x18\x04 \x01(\t\x12)\n\nkv_origins\x18\x05 \x03(\x0b\x32\x15.antiphon.v1.KvOrigin\x12\x30\n\rprefill_place\x18\x06 \x01(\x0e\x32\x19.antiphon.v1.PrefillPlace\x12\x16\n\x0eprefill_reason\x18\x07 \x01(\t\x12\x13\n\x0bnum_resumes\x18\x08 \x01(\r\"d\n\x0fTokenizeRequest\x12&\n\x04\x63hat\x18\x01 \x01(\x0b\x32\x16.antiphon.v1.ChatInputH\x00\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x10\n\x06prompt\x18\x03 \x01(\tH\x00\x42\x07\n\x05input\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"&\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x11\n\x0fGetModelRequest\"5\n\x10GetModelResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.antiphon.v1.Model\"\xed\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x12\n\ncache_mode\x18\x03 \x01(\t\x12\x13\n\x0bmax_seq_len\x18\x04 \x01(\r\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x12\n\nblock_size\x18\x06 \x01(\r\x12\x12\n\nnum_layers\x18\x07 \x01(\r\x12\x16\n\x0ekv_token_bytes\x18\x08 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\t \x01(\t\x12\x35\n\x10\x64\x65\x66\x61ult_sampling\x18\n \x01(\x0b\x32\x1b.antiphon.v1.SamplingParams\"}\n\x0e\x45xplainRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12&\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x16.antiphon.v1.ChatInputH\x00\x12)\n\x06tokens\x18\x03 \x01(\x0b\x32\x17.antiphon.v1.TokenInputH\x00\x42\x07\n\x05input\"v\n\x0f\x45xplainResponse\x12-\n\x07routing\x18\x01 \x01(\x0b\x32\x1c.antiphon.v1.RoutingDecision\x12\x19\n\x11num_prompt_tokens\x18\x02 \x01(\r\x12\x19\n\x11num_cached_tokens\x18\x03 \x01(\r2\xff\x02\n\x0b\x43hatService\x12I\n\x08Generate\x12\x1c.antiphon.v1.GenerateRequest\x1a\x1d.antiphon.v1.GenerateResponse0\x01\x12G\n\x08Tokenize\x12\x1c.antiphon.v1.TokenizeRequest\x1a\x1d.antiphon.v1.TokenizeResponse\x12M\n\nDetokenize\x12\x1e.antiphon.v1.DetokenizeRequest\x1a\x1f.antiphon.v1.DetokenizeResponse\x12G\n\x08GetModel\x12\x1c.antiphon.v1.GetModelRequest\x1a\x1d.antiphon.v1.GetModelResponse\x12\x44\n\x07\x45xplain\x12\x1b.antiphon.v1.ExplainRequest\x1a\x1c.antiphon.v1.ExplainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,23 +43,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FINISHED']._serialized_start=771
   _globals['_FINISHED']._serialized_end=1053
   _globals['_TOKENIZEREQUEST']._serialized_start=1055
-  _globals['_TOKENIZEREQUEST']._serialized_end=1137
-  _globals['_TOKENIZERESPONSE']._serialized_start=1139
-  _globals['_TOKENIZERESPONSE']._serialized_end=1176
-  _globals['_DETOKENIZEREQUEST']._serialized_start=1178
-  _globals['_DETOKENIZEREQUEST']._serialized_end=1216
-  _globals['_DETOKENIZERESPONSE']._serialized_start=1218
-  _globals['_DETOKENIZERESPONSE']._serialized_end=1252
-  _globals['_GETMODELREQUEST']._serialized_start=1254
-  _globals['_GETMODELREQUEST']._serialized_end=1271
-  _globals['_GETMODELRESPONSE']._serialized_start=1273
-  _globals['_GETMODELRESPONSE']._serialized_end=1326
-  _globals['_MODEL']._serialized_start=1329
-  _globals['_MODEL']._serialized_end=1511
-  _globals['_EXPLAINREQUEST']._serialized_start=1513
-  _globals['_EXPLAINREQUEST']._serialized_end=1638
-  _globals['_EXPLAINRESPONSE']._serialized_start=1640
-  _globals['_EXPLAINRESPONSE']._serialized_end=1758
-  _globals['_CHATSERVICE']._serialized_start=1761
-  _globals['_CHATSERVICE']._serialized_end=2144
+  _globals['_TOKENIZEREQUEST']._serialized_end=1155
+  _globals['_TOKENIZERESPONSE']._serialized_start=1157
+  _globals['_TOKENIZERESPONSE']._serialized_end=1194
+  _globals['_DETOKENIZEREQUEST']._serialized_start=1196
+  _globals['_DETOKENIZEREQUEST']._serialized_end=1234
+  _globals['_DETOKENIZERESPONSE']._serialized_start=1236
+  _globals['_DETOKENIZERESPONSE']._serialized_end=1270
+  _globals['_GETMODELREQUEST']._serialized_start=1272
+  _globals['_GETMODELREQUEST']._serialized_end=1289
+  _globals['_GETMODELRESPONSE']._serialized_start=1291
+  _globals['_GETMODELRESPONSE']._serialized_end=1344
+  _globals['_MODEL']._serialized_start=1347
+  _globals['_MODEL']._serialized_end=1584
+  _globals['_EXPLAINREQUEST']._serialized_start=1586
+  _globals['_EXPLAINREQUEST']._serialized_end=1711
+  _globals['_EXPLAINRESPONSE']._serialized_start=1713
+  _globals['_EXPLAINRESPONSE']._serialized_end=1831
+  _globals['_CHATSERVICE']._serialized_start=1834
+  _globals['_CHATSERVICE']._serialized_end=2217
 # @@protoc_insertion_point(module_scope)

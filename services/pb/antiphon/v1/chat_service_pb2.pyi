@@ -262,8 +262,11 @@ class TokenizeRequest(_message.Message):
 
     CHAT_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
+    PROMPT_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Text as it is; no template, no special tokens."""
+    prompt: _builtins.str
+    """A raw prompt: no template, but it begins as the model wants a text to begin, and control tokens are what they say."""
     @_builtins.property
     def chat(self) -> _types_pb2.ChatInput:
         """Chat messages: the model's chat template is applied, up to where the reply begins."""
@@ -273,12 +276,13 @@ class TokenizeRequest(_message.Message):
         *,
         chat: _types_pb2.ChatInput | None = ...,
         text: _builtins.str = ...,
+        prompt: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "input", b"input", "text", b"text"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "input", b"input", "prompt", b"prompt", "text", b"text"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "input", b"input", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "input", b"input", "prompt", b"prompt", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["chat", "text"]  # noqa: Y015
+    _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["chat", "text", "prompt"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_input) -> _WhichOneofReturnType_input | None: ...
 
@@ -410,6 +414,7 @@ class Model(_message.Message):
     NUM_LAYERS_FIELD_NUMBER: _builtins.int
     KV_TOKEN_BYTES_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
+    DEFAULT_SAMPLING_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     dtype: _builtins.str
@@ -428,6 +433,10 @@ class Model(_message.Message):
     """Bytes of cache one token takes, all layers together."""
     fingerprint: _builtins.str
     """Identifies weights and settings that give the same KV."""
+    @_builtins.property
+    def default_sampling(self) -> _types_pb2.SamplingParams:
+        """What the fields of SamplingParams are where a request does not set them: the checkpoint's own defaults."""
+
     def __init__(
         self,
         *,
@@ -440,10 +449,11 @@ class Model(_message.Message):
         num_layers: _builtins.int = ...,
         kv_token_bytes: _builtins.int = ...,
         fingerprint: _builtins.str = ...,
+        default_sampling: _types_pb2.SamplingParams | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["default_sampling", b"default_sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "cache_mode", b"cache_mode", "dtype", b"dtype", "fingerprint", b"fingerprint", "kv_token_bytes", b"kv_token_bytes", "max_seq_len", b"max_seq_len", "name", b"name", "num_layers", b"num_layers", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "cache_mode", b"cache_mode", "default_sampling", b"default_sampling", "dtype", b"dtype", "fingerprint", b"fingerprint", "kv_token_bytes", b"kv_token_bytes", "max_seq_len", b"max_seq_len", "name", b"name", "num_layers", b"num_layers", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -259,7 +259,9 @@ Global___TokenInput: _TypeAlias = TokenInput  # noqa: Y015
 
 @_typing.final
 class SamplingParams(_message.Message):
-    """How the next token is chosen. A field that is not set has its default; a value that cannot be served is refused."""
+    """How the next token is chosen. A field that is not set has the checkpoint's default (GetModel shows them) or, where that
+    says nothing, the one named here; a value that cannot be served is refused.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
