@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from typing import Self
+from typing import Any, Self
 
 import grpc
 
@@ -13,6 +13,7 @@ from services.client.calls import ClientTls, Input, Reply, Unary
 from services.common.errors import NotFound
 from services.common.messages import (
     Explanation,
+    Finished,
     Message,
     ModelInfo,
     SamplingParams,
@@ -23,6 +24,9 @@ from services.common.messages import (
 from services.gateway import convert
 from services.gateway.status import error_from_rpc
 from services.pb.antiphon.v1 import chat_service_pb2_grpc
+
+# A cancelled call ends a moment later, and gRPC says so to its event loop, which should still be there.
+_SETTLE_S = 0.01
 
 
 class AsyncClient:
@@ -41,6 +45,7 @@ class AsyncClient:
         self._chat = chat_service_pb2_grpc.ChatServiceStub(self._channel)
         self._metadata = calls.metadata_of(token)
         self._timeout_s = timeout_s
+        self._has_cancelled = False
 
     async def __aenter__(self) -> Self:
         return self
@@ -51,6 +56,8 @@ class AsyncClient:
     async def close(self) -> None:
         """Closes the connection; turns that run are cancelled."""
         await self._channel.close()
+        if self._has_cancelled:
+            await asyncio.sleep(_SETTLE_S)
 
     async def generate(
         self,
@@ -66,11 +73,15 @@ class AsyncClient:
         attempt, has_begun = 0, False
         while True:
             attempt += 1
-            call = self._chat.Generate(request, timeout=timeout_s, metadata=self._metadata)
+            call: Any = self._chat.Generate(request, timeout=timeout_s, metadata=self._metadata)
             try:
-                async for response in call:
+                while (response := await call.read()) is not grpc.aio.EOF:
                     has_begun = True
                     event = convert.event_from_proto(response)
+                    if isinstance(event, Finished):
+                        await call.read()  # the call is over then, also for who leaves with this event
+                        yield event
+                        return
                     if event is not None:
                         yield event
                 return
@@ -80,7 +91,7 @@ class AsyncClient:
                 if delay_s is None:
                     raise error from failed
             finally:
-                call.cancel()  # no effect on a call that has ended
+                self._has_cancelled |= call.cancel()  # no effect on a call that has ended
             await asyncio.sleep(delay_s)
 
     async def explain(self, given: Input, *, session: str | None = None) -> Explanation:

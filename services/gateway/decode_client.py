@@ -59,9 +59,11 @@ class DecodeClient:
                 if response.seq != num_seen:
                     raise Unavailable(f"message {response.seq} of the replica's stream came in place of {num_seen}")
                 num_seen += 1
-                yield response
                 if response.WhichOneof("event") == "finished":
+                    await self._next(call, request.call_id)  # the end of the stream: the replica has let go of the turn
+                    yield response
                     return
+                yield response
             raise Unavailable("the replica's stream ended early")
         except grpc.RpcError as failed:
             raise _error_of(failed) from failed

@@ -7,6 +7,8 @@ import time
 from contextlib import aclosing
 from typing import Any
 
+import grpc
+
 from services.common.errors import Exhausted, InvalidRequest, QueueFull
 from services.common.messages import Delta, Finished, TurnEvent
 from services.common.telemetry import Metrics
@@ -101,6 +103,8 @@ class ChatServicer(chat_service_pb2_grpc.ChatServiceServicer):
             if not patience.expired():
                 raise
             raise Exhausted("the client reads too slowly") from error
+        except grpc.aio.InternalError as error:  # nothing can be written any more, and nobody is there to be told
+            raise asyncio.CancelledError("the client has left") from error
 
     def _count(self, change: int) -> None:
         self.num_running_turns += change

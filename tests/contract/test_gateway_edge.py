@@ -111,6 +111,27 @@ async def test_a_second_turn_on_a_busy_session_is_aborted_by_name() -> None:
     assert (busy.value.session, busy.value.turn) == ("talk", 1)
 
 
+async def test_a_client_that_leaves_in_mid_stream_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    async with connected() as (edge, client):
+        for _ in range(20):
+            edge.pipeline.ended.clear()
+            async with aclosing(client.generate("flood")) as events:
+                async for event in events:
+                    if isinstance(event, Delta):
+                        break
+            await asyncio.wait_for(edge.pipeline.ended.wait(), 5)
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+async def test_a_turn_is_over_for_a_client_that_leaves_with_its_end() -> None:
+    async with connected() as (_, client):
+        async with aclosing(client.generate("x")) as events:
+            async for event in events:
+                if isinstance(event, Finished):
+                    break
+        assert not client._has_cancelled
+
+
 async def test_text_model_and_explain_are_served() -> None:
     async with connected() as (_, client):
         assert await client.tokenize("ab") == (97, 98)
