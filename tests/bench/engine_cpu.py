@@ -3,14 +3,15 @@
     make bench          or        python -m tests.bench.engine_cpu [--threads N]
 
 The model: hidden 512, 4 layers, 8 heads, latent 512 + 64, 16 experts top-4, vocabulary 49,152, bf16 (77M parameters).
-Measures prefill of 512 tokens, decode at batch 1 and 8 after prompts of 512 tokens, and the first token of a second
-turn after 2,000 tokens of history, against computing it afresh. Medians; the load average is recorded, since another
-busy process makes PyTorch's threads collapse. Writes tests/bench/results/engine_cpu.json.
+Measures prefill of 512 tokens, decode at batch 1 and 8 after prompts of 128 to 2,048 tokens, and the first token of a
+second turn after 2,000 tokens of history, against computing it afresh. Medians; the load average is recorded, since
+another busy process makes PyTorch's threads collapse. Writes tests/bench/results/engine_cpu.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -19,6 +20,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,7 @@ CONFIG = {
     "hidden_act": "silu", "attention_bias": False, "eos_token_id": 1, "bos_token_id": 0,
 }  # fmt: skip
 DECODE_TOKENS = 32
-CONTEXT = 512
+CONTEXTS = (128, 512, 1024, 2048)
 
 
 def main() -> None:
@@ -103,9 +105,9 @@ def _measure(engine: Engine, peer: Any, repeats: int) -> list[dict[str, Any]]:
     hf = "transformers"
     add("prefill of 512 tokens", "ms", lambda: _first_token_ms(engine, _prompt(512)),
         lambda: _peer_prefill_ms(peer, 512), hf)  # fmt: skip
-    for batch in (1, 8):
-        add(f"decode, batch {batch}, tokens/s", "tokens/s", lambda b=batch: _decode_rate(engine, b),
-            lambda b=batch: _peer_decode_rate(peer, b), hf)  # fmt: skip
+    for context, batch in itertools.product(CONTEXTS, (1, 8)):
+        add(f"decode, batch {batch}, context {context:,}", "tokens/s", partial(_decode_rate, engine, batch, context),
+            partial(_peer_decode_rate, peer, batch, context), hf)  # fmt: skip
     add("first token, 20 new after 2,000 of history", "ms", lambda: _second_turn_ms(engine),
         lambda: _first_token_ms(engine, _prompt(2020)), "ours afresh")  # fmt: skip
     return rows
@@ -141,9 +143,9 @@ def _second_turn_ms(engine: Engine) -> float:
     return _first_token_ms(engine, history + _prompt(20))
 
 
-def _decode_rate(engine: Engine, batch: int) -> float:
+def _decode_rate(engine: Engine, batch: int, context: int) -> float:
     for index in range(batch):
-        engine.add(EngineRequest(f"decode-{index}", _prompt(CONTEXT), _greedy(DECODE_TOKENS + 1)))
+        engine.add(EngineRequest(f"decode-{index}", _prompt(context), _greedy(DECODE_TOKENS + 1)))
     while engine.scheduler.num_waiting or any(live.seq.num_generated_tokens < 1 for live in engine._live.values()):
         engine.step()
     started = time.perf_counter()
@@ -160,8 +162,8 @@ def _peer_prefill_ms(peer: Any, length: int) -> float:
     return (time.perf_counter() - started) * 1e3
 
 
-def _peer_decode_rate(peer: Any, batch: int) -> float:
-    ids = torch.tensor([_prompt(CONTEXT) for _ in range(batch)])
+def _peer_decode_rate(peer: Any, batch: int, context: int) -> float:
+    ids = torch.tensor([_prompt(context) for _ in range(batch)])
 
     def seconds(num_tokens: int) -> float:
         started = time.perf_counter()
