@@ -157,13 +157,17 @@ class DecodeWorker:
             tenant_salt=turn.salt,
             resumed_token_ids=request.resumed_token_ids + record.next_token_ids,
         )
-        started_s = time.perf_counter()
+        started_s, is_computed = time.perf_counter(), False
         async with aclosing(self._loop.generate(engine_request, turn.reservation)) as outputs:
             async for output in outputs:
                 if output.error is not None:
                     raise output.error
                 if output.token_ids:
-                    yield record.output(output, started_s)
+                    chunk = record.output(output, started_s)
+                    if not is_computed:
+                        is_computed = True
+                        self._on_change()  # its prompt waits no longer
+                    yield chunk
                 if output.finish_reason is not None or turn.is_stopped:
                     yield self._finished(turn, output.finish_reason or FinishReason.STOP)
                     return
