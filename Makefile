@@ -22,8 +22,9 @@ test: venv  ## all tests (no GPU needed)
 demo: venv  ## the whole cluster on this machine, and a conversation with it
 	$(BIN)/python scripts/demo.py
 
-bench: venv  ## CPU speed beside transformers, on a quiet machine
+bench: venv  ## CPU speed beside transformers, and conversations with a cluster, on a quiet machine
 	$(BIN)/python -m tests.bench.engine_cpu --threads 1
+	$(BIN)/python -m tests.bench.multiturn
 
 lint: venv  ## style, types, who may import whom, generated code in sync
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """The cluster in a closed loop of conversations: what reuse, affinity, hand-over and the framework cost and bring.
 
-    make bench-cluster        or        python -m tests.bench.multiturn [--quick] [--only PART ...]
+    make bench        or        python -m tests.bench.multiturn [--quick] [--only PART ...]
 
 One run on one machine, the demo model, one thread a replica; ratios inside the run are what counts. Parts:
 
