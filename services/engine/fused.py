@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from services.engine.attention import Projections
 from services.engine.config import LATENT_NORM_EPS, ModelConfig
@@ -19,6 +18,7 @@ from services.engine.kernels.add_rms_norm import add_rms_norm
 from services.engine.kernels.choose_experts import Routing, choose_experts
 from services.engine.kernels.embed_tokens import embed_tokens
 from services.engine.kernels.fp8_linear import SCALE_BLOCK, fp8_linear
+from services.engine.kernels.linear import linear
 from services.engine.kernels.mla_store import mla_store
 from services.engine.kernels.moe_experts import moe_experts
 from services.engine.kernels.silu_mul import silu_mul
@@ -49,9 +49,11 @@ class FusedModel:
         self._beside = torch.cuda.Stream(device) if device.type == "cuda" else None
         rounds = model.config.rounds_activation_scales
         self._projections: list[tuple[Product, int]] = []
+        self._output_projections: list[Product] = []
         self._feed_forwards: list[Product] = []
         for layer in model.model.decoder_layers:
             self._projections.append(_first_projection(layer.self_attn, rounds))
+            self._output_projections.append(_product(layer.self_attn.o_proj))
             self._feed_forwards.append(self._feed_forward(layer.mlp, rounds))
 
     def __call__(self, step: Step, sampled_ids: Tensor, out: Tensor | None = None) -> Tensor:
@@ -100,8 +102,7 @@ class FusedModel:
             absorbed,
         )
         attended = self._attention.attend(index, projections, q, absorbed, latents, step)
-        out: Tensor = projections.o_proj(attended.flatten(1))
-        return out
+        return self._output_projections[index](attended.flatten(1))
 
     def _feed_forward(self, mlp: nn.Module, rounds: bool) -> Product:
         if not isinstance(mlp, MoE):
@@ -118,10 +119,9 @@ class FusedModel:
                 added = shared(x) if shared is not None else None
                 ids, weights = choose_experts(x, router.weight, router.e_score_correction_bias, self._routing)
                 return moe_experts(x, experts.gate_up, experts.down, ids, weights, up_scale, down_scale, rounds, added)
-            # The shared experts run beside the routed ones, which the router's choice, a short thing, comes before.
-            main = torch.cuda.current_stream()
-            side.wait_stream(main)
+            # The shared experts run beside the routed ones; beside the router they would only hold it up.
             ids, weights = choose_experts(x, router.weight, router.e_score_correction_bias, self._routing)
+            side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 added = shared(x)
                 is_added = side.record_event()
@@ -156,7 +156,7 @@ def _joined(first: Linear | Fp8Linear, second: Linear | Fp8Linear, rounds: bool)
     """Both products of the same input, one after another in each row."""
     if isinstance(first, Linear) and isinstance(second, Linear):
         both = _side_by_side(first.weight, second.weight)
-        return lambda x: F.linear(x, both)
+        return lambda x: linear(x, both)
     assert isinstance(first, Fp8Linear)
     assert isinstance(second, Fp8Linear)
     if first.weight.shape[0] % SCALE_BLOCK:  # the second's scales would begin within a block
@@ -180,10 +180,12 @@ def _dense(mlp: nn.Module, rounds: bool) -> Product:
         gate_up = _joined(mlp.gate_proj, mlp.up_proj, rounds)
     else:
         assert isinstance(mlp, MLP)
-        gate_up = mlp.gate_up
+        gate_up = _product(mlp.gate_up)
+    down = _product(mlp.down_proj)
+    return lambda x: down(silu_mul(gate_up(x)))
 
-    def feed_forward(x: Tensor) -> Tensor:
-        out: Tensor = mlp.down_proj(silu_mul(gate_up(x)))
-        return out
 
-    return feed_forward
+def _product(module: Linear | Fp8Linear) -> Product:
+    if isinstance(module, Linear):
+        return lambda x: linear(x, module.weight)
+    return module

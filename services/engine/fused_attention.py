@@ -68,13 +68,12 @@ class FusedAttention:
             latents = gather_latents(pool, long.key_slots, config.kv_lora_rank, latents.dtype)
         latent, rope = latents.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
         width = config.qk_nope_head_dim + config.v_head_dim
-        bytes_a_head = len(latents) * (width + config.qk_head_dim) * latents.element_size()
+        bytes_a_head = len(latents) * width * latents.element_size()
         num_heads = min(config.num_attention_heads, max(1, _EXPANDED_BYTES // bytes_a_head))
         weight = projections.kv_b_proj.weight
         for head in range(0, config.num_attention_heads, num_heads):
             part = weight[head * width : (head + num_heads) * width]
             expanded = F.linear(latent, part).unflatten(-1, (-1, width))
-            nope, values = expanded.split((config.qk_nope_head_dim, config.v_head_dim), dim=-1)
-            keys = torch.cat((nope, rope.unsqueeze(1).expand(-1, expanded.shape[1], -1)), dim=-1)
+            keys, values = expanded.split((config.qk_nope_head_dim, config.v_head_dim), dim=-1)
             heads = slice(head, head + expanded.shape[1])
-            out[:, heads] = mla_prefill(q[:, heads], keys, values, self._scale, long.cu_q, long.cu_k, long.tiles)
+            out[:, heads] = mla_prefill(q[:, heads], keys, rope, values, self._scale, long.cu_q, long.cu_k, long.tiles)

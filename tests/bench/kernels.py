@@ -209,15 +209,21 @@ class Bench:
         for new, prefix, num_heads in ((8192, 0, 16), (2048, 0, 16), (2048, 14336, 16), (4096, 0, 128)):
             total = new + prefix
             q = torch.randn(new, num_heads, 192, device="cuda", dtype=BFLOAT16)
-            k = torch.randn(total, num_heads, 192, device="cuda", dtype=BFLOAT16)
-            v = torch.randn(total, num_heads, 256, device="cuda", dtype=BFLOAT16)[..., 128:]
+            expanded = torch.randn(total, num_heads, 256, device="cuda", dtype=BFLOAT16)
+            k, v = expanded[..., :128], expanded[..., 128:]
+            rope = torch.randn(total, 64, device="cuda", dtype=BFLOAT16)
             arguments = (0.07, [0, new], [0, total])
-            out = mla_prefill(q, k, v, *arguments)
-            expected = mla_prefill_reference(q[:, :1].float(), k[:, :1].float(), v[:, :1].float(), *arguments)
-            ms = time_ms([lambda q=q, k=k, v=v, a=arguments: mla_prefill(q, k, v, *a)])
+            out = mla_prefill(q, k, rope, v, *arguments)
+            first = (part[:, :1].float() for part in (q, k))
+            expected = mla_prefill_reference(*first, rope.float(), v[:, :1].float(), *arguments)
+            ms = time_ms([lambda q=q, k=k, r=rope, v=v, a=arguments: mla_prefill(q, k, r, v, *a)])
             flops = 2 * num_heads * (192 + 128) * (new * prefix + new * new / 2)
             num_bytes = 2 * num_heads * (new * 320 + total * 320)
-            peer = ("cuDNN SDPA", _cudnn_ms(q, k, v)) if prefix == 0 else ("", None)
+            peer = (
+                ("cuDNN SDPA", _cudnn_ms(q, torch.cat((k, rope.unsqueeze(1).expand(-1, num_heads, -1)), dim=-1), v))
+                if prefix == 0
+                else ("", None)
+            )
             name = f"prefill {new} after {prefix}, {num_heads} heads"
             yield self.figure(name, ms, num_bytes, flops, relative_error(out[:, :1], expected), peer)
 

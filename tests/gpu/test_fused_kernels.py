@@ -8,6 +8,7 @@ import torch
 from services.engine.kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
 from services.engine.kernels.choose_experts import Routing, choose_experts, choose_experts_reference
 from services.engine.kernels.gather_latents import gather_latents, gather_latents_reference
+from services.engine.kernels.linear import linear, linear_reference
 from services.engine.kernels.mla_store import mla_store, mla_store_reference
 from services.engine.kernels.moe_experts import moe_experts, moe_experts_reference
 from services.engine.kernels.silu_mul import silu_mul, silu_mul_reference
@@ -121,3 +122,11 @@ def test_what_is_added_joins_the_experts_sum() -> None:
     out = moe_experts(x, gate_up, down, ids, weights, added=added)
     arguments = (x.double(), gate_up.double(), down.double(), ids, weights.double())
     assert relative_error(out, moe_experts_reference(*arguments, added=added.double())) < 3e-6
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize(("outputs", "inputs"), [(3648, 2048), (7, 3000), (100, 48)])
+def test_linear_of_one_row(dtype: torch.dtype, outputs: int, inputs: int) -> None:
+    x = torch.randn(1, inputs, device="cuda").to(dtype)
+    weight = (torch.randn(outputs, inputs, device="cuda") / inputs**0.5).to(dtype)
+    assert relative_error(linear(x, weight), linear_reference(x.double(), weight.double())) < TOLERANCES[dtype]

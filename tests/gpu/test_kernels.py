@@ -157,26 +157,32 @@ def test_fp8_linear_passes_nan_on(tokens: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize(("width", "value", "num_heads"), [(192, 128, 5), (96, 64, 6), (40, 24, 3), (64, 64, 2)])
-def test_prefill(dtype: torch.dtype, width: int, value: int, num_heads: int) -> None:
-    cu_q, cu_k = _lengths([(5, 5), (1, 900), (257, 1000), (0, 3), (700, 700), (128, 128), (64, 129)])
-    q = torch.randn(cu_q[-1], num_heads, width, device="cuda").to(dtype)
-    k = torch.randn(cu_k[-1], num_heads, width, device="cuda").to(dtype)
-    # As the expansion of the latents leaves them: a value is a part of a longer row.
-    v = torch.randn(cu_k[-1], num_heads, value + 32, device="cuda").to(dtype)[..., 32:]
-    out = mla_prefill(q, k, v, 0.2, cu_q, cu_k)
+@pytest.mark.parametrize(
+    ("nope", "rope", "value", "num_heads"), [(128, 64, 128, 5), (64, 32, 64, 6), (24, 16, 24, 3), (40, 24, 64, 2)]
+)
+@pytest.mark.parametrize("pairs", ["many", "few"])
+def test_prefill(dtype: torch.dtype, nope: int, rope: int, value: int, num_heads: int, pairs: str) -> None:
+    many = [(5, 5), (1, 900), (257, 1000), (0, 3), (700, 700), (128, 128), (64, 129)]
+    cu_q, cu_k = _lengths(many if pairs == "many" else [(200, 16_500)])
+    q = torch.randn(cu_q[-1], num_heads, nope + rope, device="cuda").to(dtype)
+    # As the expansion of the latents leaves them: parts of longer rows.
+    expanded = torch.randn(cu_k[-1], num_heads, nope + value, device="cuda").to(dtype)
+    k, v = expanded[..., :nope], expanded[..., nope:]
+    k_rope = torch.randn(cu_k[-1], 48 + rope, device="cuda").to(dtype)[:, 48:]
+    out = mla_prefill(q, k, k_rope, v, 0.2, cu_q, cu_k)
     assert out.dtype == dtype
-    expected = mla_prefill_reference(q.double(), k.double(), v.double(), 0.2, cu_q, cu_k)
+    expected = mla_prefill_reference(q.double(), k.double(), k_rope.double(), v.double(), 0.2, cu_q, cu_k)
     assert relative_error(out, expected) < TOLERANCES[dtype]
 
 
 def test_prefill_keeps_a_broken_sequence_to_itself() -> None:
     cu_q, cu_k = _lengths([(40, 50), (30, 30), (20, 90)])
-    q, k, v = (torch.randn(cu[-1], 2, d, device="cuda").bfloat16() for cu, d in ((cu_q, 192), (cu_k, 192), (cu_k, 128)))
-    out = mla_prefill(q, k, v, 0.1, cu_q, cu_k)
-    for part, cu in ((q, cu_q), (k, cu_k), (v, cu_k)):
+    q, k, v = (torch.randn(cu[-1], 2, d, device="cuda").bfloat16() for cu, d in ((cu_q, 192), (cu_k, 128), (cu_k, 128)))
+    k_rope = torch.randn(cu_k[-1], 64, device="cuda").bfloat16()
+    out = mla_prefill(q, k, k_rope, v, 0.1, cu_q, cu_k)
+    for part, cu in ((q, cu_q), (k, cu_k), (k_rope, cu_k), (v, cu_k)):
         part[cu[1] : cu[2]] = torch.nan
-    broken = mla_prefill(q, k, v, 0.1, cu_q, cu_k)
+    broken = mla_prefill(q, k, k_rope, v, 0.1, cu_q, cu_k)
     assert torch.equal(broken[: cu_q[1]], out[: cu_q[1]])
     assert torch.equal(broken[cu_q[2] :], out[cu_q[2] :])
     assert broken[cu_q[1] : cu_q[2]].isnan().all()

@@ -120,9 +120,10 @@ def test_prefill_sees_the_prefix_and_never_the_future(dtype: torch.dtype) -> Non
     for num_queries, num_keys in lengths:
         cu_q.append(cu_q[-1] + num_queries)
         cu_k.append(cu_k[-1] + num_keys)
-    q, k = torch.randn(cu_q[-1], 3, 24).to(dtype), torch.randn(cu_k[-1], 3, 24).to(dtype)
-    v = torch.randn(cu_k[-1], 3, 16).to(dtype)
-    out = mla_prefill(q, k, v, 0.3, cu_q, cu_k)
+    q, nope = torch.randn(cu_q[-1], 3, 24).to(dtype), torch.randn(cu_k[-1], 3, 16).to(dtype)
+    rope, v = torch.randn(cu_k[-1], 8).to(dtype), torch.randn(cu_k[-1], 3, 16).to(dtype)
+    k = torch.cat((nope, rope.unsqueeze(1).expand(-1, 3, -1)), dim=-1)
+    out = mla_prefill(q, nope, rope, v, 0.3, cu_q, cu_k)
     expected = torch.empty(cu_q[-1], 3, 16, dtype=torch.float64)
     for (num_queries, num_keys), q0, k0 in zip(lengths, cu_q[:-1], cu_k[:-1], strict=True):
         for i in range(num_queries):
@@ -131,7 +132,7 @@ def test_prefill_sees_the_prefix_and_never_the_future(dtype: torch.dtype) -> Non
             expected[q0 + i] = torch.einsum("hk,khv->hv", scores.softmax(-1), v[seen].double())
     assert out.dtype == dtype
     assert relative_error(out, expected) < TOLERANCES[dtype]
-    assert relative_error(mla_prefill_reference(q, k, v, 0.3, cu_q, cu_k), expected) < TOLERANCES[dtype]
+    assert relative_error(mla_prefill_reference(q, nope, rope, v, 0.3, cu_q, cu_k), expected) < TOLERANCES[dtype]
 
 
 def _exact_activations(x: torch.Tensor, rounds: bool = False) -> torch.Tensor:

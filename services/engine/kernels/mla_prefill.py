@@ -15,13 +15,16 @@ import torch.nn.functional as F
 def mla_prefill(
     q: torch.Tensor,
     k: torch.Tensor,
+    k_rope: torch.Tensor,
     v: torch.Tensor,
     scale: float,
     cu_q: list[int],
     cu_k: list[int],
     tiles: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention of q [Tq, H, N + R] over k [Tk, H, N + R] and v [Tk, H, V], as [Tq, H, V] in q's dtype.
+    """Attention of q [Tq, H, N + R] over keys k [Tk, H, N], k_rope [Tk, R] and values v [Tk, H, V], as [Tq, H, V].
+
+    All heads share the roped part of their keys. The result has q's dtype.
 
     Sequence i owns the queries cu_q[i]:cu_q[i + 1] and the keys cu_k[i]:cu_k[i + 1]. It has at least as many keys as
     queries; its queries are the last of its tokens: each sees the keys up to its own (the prefix was computed before).
@@ -30,8 +33,8 @@ def mla_prefill(
     if q.is_cuda:
         from services.engine.kernels.mla_prefill_triton import mla_prefill_triton
 
-        return mla_prefill_triton(q, k, v, scale, cu_q, cu_k, tiles)
-    return mla_prefill_sdpa(q, k, v, scale, cu_q, cu_k)
+        return mla_prefill_triton(q, k, k_rope, v, scale, cu_q, cu_k, tiles)
+    return mla_prefill_sdpa(q, k, k_rope, v, scale, cu_q, cu_k)
 
 
 def queries_a_tile(dtype: torch.dtype) -> int:
@@ -53,9 +56,16 @@ def query_tiles(cu_q: list[int], cu_k: list[int], dtype: torch.dtype) -> np.ndar
 
 
 def mla_prefill_sdpa(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, cu_q: list[int], cu_k: list[int]
+    q: torch.Tensor,
+    k: torch.Tensor,
+    k_rope: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    cu_q: list[int],
+    cu_k: list[int],
 ) -> torch.Tensor:
     """`mla_prefill` by PyTorch's attention, a sequence at a time."""
+    k = _whole_keys(k, k_rope)
     value_dim = v.shape[-1]
     if value_dim < q.shape[-1]:
         # The fused CPU kernel wants equal widths; without it the scores of all heads are held in memory.
@@ -75,16 +85,27 @@ def mla_prefill_sdpa(
 
 
 def mla_prefill_reference(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, cu_q: list[int], cu_k: list[int]
+    q: torch.Tensor,
+    k: torch.Tensor,
+    k_rope: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    cu_q: list[int],
+    cu_k: list[int],
 ) -> torch.Tensor:
     """`mla_prefill` spelled out: all scores at once, softmax in fp32 (float64 for a float64 q)."""
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    k = _whole_keys(k, k_rope)
     out = q.new_empty(*q.shape[:2], v.shape[-1])
     for (q0, q1), (k0, k1) in zip(pairwise(cu_q), pairwise(cu_k), strict=True):
         scores = torch.einsum("qhd,khd->hqk", q[q0:q1].to(compute), k[k0:k1].to(compute)) * scale
         scores.masked_fill_(~_causal(q1 - q0, k1 - k0, q.device), float("-inf"))
         out[q0:q1] = torch.einsum("hqk,khv->qhv", scores.softmax(-1), v[k0:k1].to(compute)).to(q.dtype)
     return out
+
+
+def _whole_keys(k: torch.Tensor, k_rope: torch.Tensor) -> torch.Tensor:
+    return torch.cat((k, k_rope.unsqueeze(1).expand(-1, k.shape[1], -1)), dim=-1)
 
 
 def _causal(num_queries: int, num_keys: int, device: torch.device) -> torch.Tensor:

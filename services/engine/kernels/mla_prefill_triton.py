@@ -40,6 +40,7 @@ def tile_for(dtype: torch.dtype) -> Tile:
 def mla_prefill_triton(
     q: torch.Tensor,
     k: torch.Tensor,
+    k_rope: torch.Tensor,
     v: torch.Tensor,
     scale: float,
     cu_q: list[int],
@@ -47,16 +48,15 @@ def mla_prefill_triton(
     tiles: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `mla_prefill`."""
-    num_queries, num_heads, width = q.shape
+    num_queries, num_heads, _ = q.shape
+    nope, rope = k.shape[-1], k_rope.shape[-1]
     value_dim = v.shape[-1]
     out = torch.empty(num_queries, num_heads, value_dim, dtype=q.dtype, device=q.device)
     if num_queries == 0:
         return out
     tile = tile_for(q.dtype)
-    q, k, v = (_addressable(part) for part in (q, k, v))
-    # Both halves have a power of two of columns: 192 = 128 + 64.
-    width_a = max(16, 1 << (width.bit_length() - 1))
-    width_b = max(16, triton.next_power_of_2(width - width_a)) if width > width_a else 0
+    q, k, k_rope, v = (_addressable(part) for part in (q, k, k_rope.unsqueeze(1), v))
+    width_a, width_b = max(16, triton.next_power_of_2(nope)), max(16, triton.next_power_of_2(rope))
     value_pow2 = max(16, triton.next_power_of_2(value_dim))
     if tiles is None:
         tiles = torch.from_numpy(query_tiles(cu_q, cu_k, q.dtype)).to(q.device)
@@ -71,9 +71,9 @@ def mla_prefill_triton(
         lse = torch.empty(num_parts, num_queries, num_heads, dtype=torch.float32, device=q.device)
     _attend[(len(tiles) * num_heads, num_parts)](
         _columns(q, tile.block_m, width_a),
-        _columns(q, tile.block_m, width_b or width_a),
+        _columns(q, tile.block_m, width_b),
         _columns(k, tile.block_n, width_a),
-        _columns(k, tile.block_n, width_b or width_a),
+        _columns(k_rope, tile.block_n, width_b),
         _columns(v, tile.block_n, value_pow2),
         partial,
         lse,
@@ -86,7 +86,8 @@ def mla_prefill_triton(
         len(tiles),
         NUM_HEADS=num_heads,
         HEADS_AT_ONCE=heads_at_once,
-        WIDTH=width,
+        NOPE=nope,
+        ROPE=rope,
         WIDTH_A=width_a,
         WIDTH_B=width_b,
         VALUE=value_dim,
@@ -151,8 +152,6 @@ def _step(
     last_key,
     end_key,
     scale_log2,
-    WIDTH_A: tl.constexpr,
-    WIDTH_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
     IS_MASKED: tl.constexpr,
     PARTS: tl.constexpr,
@@ -160,9 +159,8 @@ def _step(
     """BLOCK_N keys, from `key` on. `last_key` [queries] is the last one each may see, `end_key` the end of them all."""
     k_a = k_a_columns.load([key, k_column])
     score = tl.dot(q_a, k_a.T, input_precision="ieee")
-    if WIDTH_B > 0:
-        k_b = k_b_columns.load([key, k_column + WIDTH_A])
-        score = tl.dot(q_b, k_b.T, score, input_precision="ieee")
+    k_b = k_b_columns.load([key, 0])
+    score = tl.dot(q_b, k_b.T, score, input_precision="ieee")
     v = v_columns.load([key, v_column])
     score = score * scale_log2
     if IS_MASKED:
@@ -199,7 +197,8 @@ def _attend(
     num_tiles,
     NUM_HEADS: tl.constexpr,
     HEADS_AT_ONCE: tl.constexpr,
-    WIDTH: tl.constexpr,
+    NOPE: tl.constexpr,
+    ROPE: tl.constexpr,
     WIDTH_A: tl.constexpr,
     WIDTH_B: tl.constexpr,
     VALUE: tl.constexpr,
@@ -232,25 +231,24 @@ def _attend(
     k_column = head * k_head_stride
     v_column = head * v_head_stride
     q_a = q_a_columns.load([first_query, head * q_head_stride])
-    q_b = q_a
-    if WIDTH_B > 0:
-        q_b = q_b_columns.load([first_query, head * q_head_stride + WIDTH_A])
-        if WIDTH_A + WIDTH_B > WIDTH:
-            q_b = tl.where(WIDTH_A + tl.arange(0, WIDTH_B)[None, :] < WIDTH, q_b, 0.0)
-    elif WIDTH_A > WIDTH:
-        q_a = tl.where(tl.arange(0, WIDTH_A)[None, :] < WIDTH, q_a, 0.0)
+    q_b = q_b_columns.load([first_query, head * q_head_stride + NOPE])
+    # What lies beside the columns is something else's: nothing multiplies it.
+    if WIDTH_A > NOPE:
+        q_a = tl.where(tl.arange(0, WIDTH_A)[None, :] < NOPE, q_a, 0.0)
+    if WIDTH_B > ROPE:
+        q_b = tl.where(tl.arange(0, WIDTH_B)[None, :] < ROPE, q_b, 0.0)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, VALUE_POW2], tl.float32)
     for key in range(first_key, end_unmasked, BLOCK_N):
         acc, top, total = _step(
             acc, top, total, q_a, q_b, k_a_columns, k_b_columns, v_columns, key, k_column, v_column,
-            queries + shift, end_key, scale_log2, WIDTH_A, WIDTH_B, BLOCK_N, False, PARTS,
+            queries + shift, end_key, scale_log2, BLOCK_N, False, PARTS,
         )  # fmt: skip
     for key in range(end_unmasked, stop, BLOCK_N):
         acc, top, total = _step(
             acc, top, total, q_a, q_b, k_a_columns, k_b_columns, v_columns, key, k_column, v_column,
-            queries + shift, end_key, scale_log2, WIDTH_A, WIDTH_B, BLOCK_N, True, PARTS,
+            queries + shift, end_key, scale_log2, BLOCK_N, True, PARTS,
         )  # fmt: skip
     if PARTS > 1:
         row = tl.program_id(1).to(tl.int64) * num_queries + queries

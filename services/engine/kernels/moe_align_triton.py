@@ -23,7 +23,7 @@ class Blocks:
     """Block b is expert `experts[b]`'s; its rows are `assignments[b * height :][: height]`, the first few valid.
 
     `counts` and `starts` are, by expert, its assignments and its first block. `num_blocks` is one number, on the
-    device; `max_blocks` bounds it on the host.
+    device; `max_blocks` bounds it on the host. `is_one_token`: block b is assignment b, and only `experts` is there.
     """
 
     assignments: torch.Tensor
@@ -33,6 +33,7 @@ class Blocks:
     num_blocks: torch.Tensor
     max_blocks: int
     height: int
+    is_one_token: bool = False
 
 
 def align(topk_ids: torch.Tensor, num_experts: int, height: int) -> Blocks:

@@ -64,7 +64,7 @@ def moe_experts_triton(
     if num_tokens == 0:
         return out
     cut = cut or cut_for(num_tokens, num_chosen, num_experts, gate_up.dtype)
-    blocks = align(topk_ids, num_experts, cut.block_m)
+    blocks = align(topk_ids, num_experts, cut.block_m) if num_tokens > 1 else _one_token(topk_ids, cut.block_m)
     hidden = torch.empty(num_tokens * num_chosen, width, dtype=x.dtype, device=x.device)
     outputs = torch.empty(num_tokens * num_chosen, model, dtype=x.dtype, device=x.device)
     rounds = round_scales_to_power_of_two
@@ -84,6 +84,12 @@ def moe_experts_triton(
         BLOCK_D=block_d,
     )
     return out
+
+
+def _one_token(topk_ids: torch.Tensor, height: int) -> Blocks:
+    """Every expert of the only token is a block of one row: nothing to sort, and the rest is not read."""
+    ids = topk_ids.flatten()
+    return Blocks(ids, ids, ids, ids, ids, len(ids), height, is_one_token=True)
 
 
 def _grouped(
@@ -120,6 +126,7 @@ def _grouped(
         num_outputs,
         num_channels,
         assignments_per_row,
+        IS_ONE_TOKEN=blocks.is_one_token,
         IS_GATE_UP=is_gate_up,
         IS_FP8=is_fp8,
         BLOCK_M=cut.block_m,
@@ -146,6 +153,7 @@ def _multiply(
     num_outputs,
     num_channels,
     assignments_per_row,
+    IS_ONE_TOKEN: tl.constexpr,
     IS_GATE_UP: tl.constexpr,
     IS_FP8: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -156,13 +164,17 @@ def _multiply(
     num_n = tl.cdiv(num_outputs, BLOCK_N)
     # Neighbours share an expert's rows, then the tokens: both stay in the L2 cache.
     block, tile_n = tl.swizzle2d(tl.program_id(0) // num_n, tl.program_id(0) % num_n, max_blocks, num_n, 8)
-    if block >= tl.load(num_blocks):
-        return
-    expert = tl.load(experts + block)
-    valid = tl.load(counts + expert) - (block - tl.load(starts + expert)) * BLOCK_M
     m = tl.arange(0, BLOCK_M)
-    is_row = m < valid
-    assignment = tl.load(assignments + block * BLOCK_M + m, mask=is_row, other=0)
+    expert = tl.load(experts + block)
+    if IS_ONE_TOKEN:
+        is_row = m == 0
+        assignment = block + m * 0
+    else:
+        if block >= tl.load(num_blocks):
+            return
+        valid = tl.load(counts + expert) - (block - tl.load(starts + expert)) * BLOCK_M
+        is_row = m < valid
+        assignment = tl.load(assignments + block * BLOCK_M + m, mask=is_row, other=0)
     row = (assignment // assignments_per_row).to(tl.int64)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
