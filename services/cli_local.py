@@ -133,9 +133,11 @@ def show_plan(model: str, memory: str, max_seq_len: int | None, dtype: str, bloc
     result = plan(
         config, parse_bytes(memory, "--gpu-memory"), number_format, block_size=block_size, max_seq_len=max_seq_len
     )
+    weights = ("FP8 where the checkpoint has it, else " if config.is_fp8 else "") + str(number_format).removeprefix(
+        "torch."
+    )
     console.print(
-        f"{result.num_parameters / 1e9:,.2f} B parameters, {_gib(result.weight_bytes)} of weights as"
-        f" {str(number_format).removeprefix('torch.')}; {_gib(max(0, result.left_bytes))} left for the KV cache"
+        f"{result.num_parameters / 1e9:,.2f} B parameters, {_gib(result.weight_bytes)} of weights as {weights}; {_gib(max(0, result.left_bytes))} left for the KV cache"
         f" of {memory}, 2 GiB kept free",
         highlight=False,
         soft_wrap=True,
