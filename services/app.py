@@ -47,6 +47,8 @@ _HELPER_CPUS = 0.1  # of a gateway or tokenizer replica, for Ray's placement
 _SECRET_BYTES = 32
 _POLL_S = 0.1
 
+log = logging.getLogger(__name__)
+
 Progress = Callable[[str], None]
 
 
@@ -162,7 +164,10 @@ def deployed(settings: Settings, config: dict[str, Any] | None = None) -> Iterat
     try:
         yield _run(settings, config)
     finally:
-        serve.delete(APP_NAME)  # Serve itself ends with Ray
+        try:
+            serve.delete(APP_NAME)
+        except TimeoutError:  # Serve itself ends with Ray, and whatever is left of it then
+            log.warning("the application has not ended in time")
 
 
 def _run(settings: Settings, config: dict[str, Any] | None) -> Any:
