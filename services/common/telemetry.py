@@ -153,8 +153,12 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure_logging(level: str, role: str, replica: str = "", stream: TextIO | None = None) -> None:
-    """Sends the logs of `services` as JSON lines to `stream` (stderr if None), and nowhere else."""
-    handler = logging.StreamHandler(stream or sys.stderr)
+    """Sends the logs of `services` as JSON lines to `stream` (stderr if None), and nowhere else.
+
+    The process's own stderr: Serve puts a stream in its place that turns each line into a record of Serve's, and whose
+    handlers NIXL closes when it is imported.
+    """
+    handler = logging.StreamHandler(stream or sys.__stderr__)
     handler.setFormatter(JsonFormatter({"role": role} | ({"replica": replica} if replica else {})))
     logger = logging.getLogger("services")
     logger.handlers[:] = [handler]
