@@ -19,7 +19,7 @@ from services.engine.rotary import softmax_scale
 from services.engine.step import LongChunks, Step
 
 # Most memory for the keys and values of one layer; more heads than fit in take turns.
-_EXPANDED_BYTES = 512 * 2**20
+EXPANDED_BYTES = 512 * 2**20
 
 
 class FusedAttention:
@@ -69,7 +69,7 @@ class FusedAttention:
         latent, rope = latents.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
         width = config.qk_nope_head_dim + config.v_head_dim
         bytes_a_head = len(latents) * width * latents.element_size()
-        num_heads = min(config.num_attention_heads, max(1, _EXPANDED_BYTES // bytes_a_head))
+        num_heads = min(config.num_attention_heads, max(1, EXPANDED_BYTES // bytes_a_head))
         weight = projections.kv_b_proj.weight
         for head in range(0, config.num_attention_heads, num_heads):
             part = weight[head * width : (head + num_heads) * width]

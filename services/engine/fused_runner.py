@@ -11,9 +11,11 @@ from torch import Tensor
 
 from services.engine.device_tables import DeviceTables
 from services.engine.fused import FusedModel
+from services.engine.fused_attention import EXPANDED_BYTES
 from services.engine.graphs import DecodeGraphs, cuts
 from services.engine.kernels.draw_tokens import Draws, draw_tokens
 from services.engine.kv_cache import KVCache
+from services.engine.largest_steps import draws_of_all_kinds, largest_steps
 from services.engine.model import DeepseekForCausalLM
 from services.engine.rotary import RotaryEmbedding
 from services.engine.scheduler import Chunk
@@ -34,8 +36,7 @@ class FusedRunner:
         self.cache = cache
         self.device = device
         self._fused = FusedModel(model, cache, RotaryEmbedding(model.config, max_seq_len, device))
-        max_blocks = min(-(-max_seq_len // cache.layout.block_size), cache.pool.shape[0])
-        self._tables = DeviceTables(max_num_sequences, max_blocks, device)
+        self._tables = DeviceTables(max_num_sequences, -(-max_seq_len // cache.layout.block_size), device)
         self._staging = Staging(device)
         self._sampled_ids = torch.zeros(max_num_sequences, dtype=torch.int32, device=device)
         self._ids_on_host = [HostIds(max_num_sequences, device) for _ in range(_NUM_FLIGHTS)]
@@ -44,6 +45,20 @@ class FusedRunner:
     @property
     def vocab_size(self) -> int:
         return self.model.config.vocab_size
+
+    @torch.inference_mode()
+    def measure(self, max_num_tokens: int) -> int:
+        """Most bytes that steps take besides weights and cache, found by running the largest ones. Stores nothing."""
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        for step in largest_steps(max_num_tokens, len(self._sampled_ids), self.cache, self.device):
+            logits = self._fused(step, self._sampled_ids)
+            draw_tokens(logits, draws_of_all_kinds(logits), self._sampled_ids[: len(logits)])
+        torch.cuda.synchronize(self.device)
+        peak = torch.cuda.max_memory_allocated(self.device) - before
+        torch.cuda.empty_cache()
+        return peak + EXPANDED_BYTES
 
     @torch.inference_mode()
     def capture_graphs(self, progress: Callable[[int, int], None] | None = None) -> int:

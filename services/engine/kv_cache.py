@@ -70,13 +70,23 @@ class KVLayout:
 
 
 class KVCache:
-    """The pool of one engine. `pool` is allocated once and never moves, so it can be registered for transfer."""
+    """The pool of one engine. In use, `pool` never moves, so it can be registered for transfer."""
 
     def __init__(self, layout: KVLayout, num_blocks: int, device: torch.device, dtype: torch.dtype) -> None:
         self.layout = layout
         self.compute_dtype = dtype
+        self._device = device
+        self.pool = self._new_pool(num_blocks)
+
+    def resize(self, num_blocks: int) -> None:
+        """A new pool, before anything is in it: how large it may be shows once the model has run."""
+        self.pool = self._new_pool(0)
+        self.pool = self._new_pool(num_blocks)
+
+    def _new_pool(self, num_blocks: int) -> Tensor:
+        layout = self.layout
         shape = (num_blocks, layout.num_layers, layout.block_size, layout.width)
-        self.pool = torch.zeros(shape, dtype=layout.dtype, device=device)
+        return torch.zeros(shape, dtype=layout.dtype, device=self._device)
 
     def write(self, layer: int, blocks: Tensor, offsets: Tensor, rows: Tensor) -> None:
         """Stores rows [T, width in numbers] at (block, offset), both int64 [T]."""

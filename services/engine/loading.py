@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,8 +26,10 @@ from services.engine.weights import Progress, dummy_weights, load_weights
 log = logging.getLogger(__name__)
 
 _CPU_CACHE_BYTES = 256 * 2**20
-# Kept free on a GPU for activations and the libraries' workspaces.
-_GPU_SPARE_BYTES = 2 * 2**30
+# Kept free on a GPU, besides what steps were seen to take: the driver's context, the libraries' workspaces, graphs.
+_GPU_SPARE_BYTES = 1 * 2**30
+# Where nothing was measured.
+_STEP_BYTES = 1 * 2**30
 
 
 def load_engine(
@@ -44,7 +47,7 @@ def load_engine(
     layout = KVLayout.of(config, model.cache_mode, kv_dtype, engine.block_size)
     network = _network(config, folder, model, dtype, device, progress)
     max_seq_len = _max_seq_len(model.max_seq_len, config)
-    cache = _cache(layout, _num_blocks(engine, layout, device), device, dtype)
+    runner = _runner(network, layout, max_seq_len, engine, device)
     scheduler = Scheduler(
         SchedulerConfig(
             max_num_batched_tokens=engine.max_num_batched_tokens,
@@ -52,9 +55,8 @@ def load_engine(
             max_seq_len=max_seq_len,
             max_num_waiting=engine.max_num_waiting,
         ),
-        BlockPool(cache.pool.shape[0], engine.block_size),
+        BlockPool(runner.cache.pool.shape[0], engine.block_size),
     )
-    runner = _runner(network, cache, max_seq_len, engine, device)
     eos = eos_token_ids or config.eos_token_ids
     return Engine(runner, scheduler, eos, prefix_caching=engine.prefix_caching)
 
@@ -90,15 +92,20 @@ def _network(
 
 
 def _runner(
-    network: DeepseekForCausalLM, cache: KVCache, max_seq_len: int, engine: EngineSettings, device: torch.device
+    network: DeepseekForCausalLM, layout: KVLayout, max_seq_len: int, engine: EngineSettings, device: torch.device
 ) -> Runner | FusedRunner:
-    if device.type != "cuda" or cache.layout.cache_mode == "naive":
+    dtype = network.model.embed_tokens.weight.dtype
+    if device.type != "cuda" or layout.cache_mode == "naive":
+        cache = _cache(layout, _num_blocks(engine, layout, device, lambda: _STEP_BYTES), device, dtype)
         return Runner(network, cache, max_seq_len, device)
+    cache = _cache(layout, 1, device, dtype)
     runner = FusedRunner(network, cache, max_seq_len, engine.max_num_sequences, device)
+    num_blocks = _num_blocks(engine, layout, device, lambda: runner.measure(engine.max_num_batched_tokens))
+    _resize(cache, num_blocks, device)
     if engine.cuda_graphs:
         started_s = time.perf_counter()
         num_graphs = runner.capture_graphs()
-        log.info("captured %d CUDA graphs of decode steps in %.1f s", num_graphs, time.perf_counter() - started_s)
+        log.info("captured CUDA graphs of %d batch sizes in %.1f s", num_graphs, time.perf_counter() - started_s)
     return runner
 
 
@@ -124,23 +131,32 @@ def _max_seq_len(wanted: int | None, config: ModelConfig) -> int:
 
 
 def _cache(layout: KVLayout, num_blocks: int, device: torch.device, dtype: torch.dtype) -> KVCache:
+    cache = KVCache(layout, 0, device, dtype)
+    _resize(cache, num_blocks, device)
+    return cache
+
+
+def _resize(cache: KVCache, num_blocks: int, device: torch.device) -> None:
     try:
-        return KVCache(layout, num_blocks, device, dtype)
+        cache.resize(num_blocks)
     except RuntimeError as error:  # torch's allocators, out of memory or address space
+        num_bytes = num_blocks * cache.layout.bytes_per_block
         raise InvalidSettings(
-            f"engine.kv_cache_bytes: {num_blocks * layout.bytes_per_block} bytes cannot be allocated on {device.type}"
+            f"engine.kv_cache_bytes: {num_bytes} bytes cannot be allocated on {device.type}"
         ) from error
 
 
-def _num_blocks(engine: EngineSettings, layout: KVLayout, device: torch.device) -> int:
+def _num_blocks(engine: EngineSettings, layout: KVLayout, device: torch.device, step_bytes: Callable[[], int]) -> int:
+    """step_bytes: what steps take besides, where it matters."""
     if engine.num_blocks is not None:
         return engine.num_blocks
     budget = engine.kv_cache_bytes
     if budget is None and device.type == "cuda":
+        budget = -step_bytes() - _GPU_SPARE_BYTES
         free, total = torch.cuda.mem_get_info(device)
         # Its own share of the whole: what other replicas of this GPU take is theirs, unless little is left.
         share = engine.memory_fraction * total - torch.cuda.memory_reserved(device)
-        budget = int(min(share, free)) - _GPU_SPARE_BYTES
+        budget += int(min(share, free))
     num_blocks = (_CPU_CACHE_BYTES if budget is None else budget) // layout.bytes_per_block
     if num_blocks < 1:
         raise InvalidSettings(

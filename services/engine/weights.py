@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -26,22 +30,40 @@ from services.engine.model import DeepseekForCausalLM
 Progress = Callable[[int, int], None]
 """Called with (tensors loaded, tensors in all)."""
 
+_MAX_READERS = 8
+_PINNED_BYTES = 32 * 2**20
+
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def load_weights(model: DeepseekForCausalLM, folder: Path, progress: Progress | None = None) -> None:
-    """Fills the model from FOLDER. FP8 weights are dequantised one at a time. Raises InvalidCheckpoint."""
+def load_weights(
+    model: DeepseekForCausalLM, folder: Path, progress: Progress | None = None, num_threads: int | None = None
+) -> None:
+    """Fills the model from FOLDER. FP8 weights are dequantised one at a time. Raises InvalidCheckpoint.
+
+    num_threads: tensors that are read at once; None is one for a CPU, several for a GPU.
+    """
     _verify_checksums(folder)
     views = model.checkpoint_views()
+    if num_threads is None:
+        is_cuda = next(model.parameters()).is_cuda
+        num_threads = min(_MAX_READERS, os.cpu_count() or 1) if is_cuda else 1
     with ExitStack() as stack:
         files = _open_files(folder, stack)
         owners = _owners(files)
         _check_names(set(owners), set(views), model.config)
-        for done, (name, view) in enumerate(views.items(), start=1):
-            _fill(view, name, files, owners)
-            if progress is not None:
-                progress(done, len(views))
+        readers = stack.enter_context(ThreadPoolExecutor(num_threads))
+        pinned = threading.local()
+        futures = [readers.submit(_fill, view, name, files, owners, pinned) for name, view in views.items()]
+        try:
+            for done, future in enumerate(as_completed(futures), start=1):
+                future.result()
+                if progress is not None:
+                    progress(done, len(views))
+        except BaseException:
+            readers.shutdown(cancel_futures=True)
+            raise
 
 
 def dummy_weights(model: DeepseekForCausalLM, seed: int) -> None:
@@ -114,7 +136,7 @@ def _check_names(found: set[str], wanted: set[str], config: ModelConfig) -> None
         raise InvalidCheckpoint("checkpoint", "is not part of this architecture", tensor=name)
 
 
-def _fill(view: Tensor, name: str, files: dict[str, Any], owners: dict[str, str]) -> None:
+def _fill(view: Tensor, name: str, files: dict[str, Any], owners: dict[str, str], pinned: threading.local) -> None:
     tensor = _read(name, files, owners)
     file = owners[name]
     if tensor.shape != view.shape:
@@ -135,9 +157,24 @@ def _fill(view: Tensor, name: str, files: dict[str, Any], owners: dict[str, str]
         raise InvalidCheckpoint(file, f"has dtype {tensor.dtype}", tensor=name)
     elif f"{name}_scale_inv" in owners:
         raise InvalidCheckpoint(file, f"scales weights of dtype {tensor.dtype}", tensor=f"{name}_scale_inv")
-    view.copy_(tensor)
+    _copy(view, tensor, pinned)
     if not _is_finite(view):
         raise InvalidCheckpoint(file, "holds NaN or infinite numbers", tensor=name)
+
+
+def _copy(view: Tensor, tensor: Tensor, pinned: threading.local) -> None:
+    """To a GPU by way of this thread's pinned memory, a piece at a time: the pages of the file are read meanwhile."""
+    if not view.is_cuda or tensor.is_cuda or tensor.dtype != view.dtype or not view.is_contiguous():
+        view.copy_(tensor)
+        return
+    if not hasattr(pinned, "memory"):
+        pinned.memory = torch.empty(_PINNED_BYTES, dtype=torch.uint8, pin_memory=True)
+    source, target = tensor.contiguous().view(-1).view(torch.uint8), view.view(-1).view(torch.uint8)
+    for start in range(0, len(source), _PINNED_BYTES):
+        piece = source[start : start + _PINNED_BYTES]
+        memory = pinned.memory[: len(piece)]
+        np.copyto(memory.numpy(), piece.numpy())  # one thread, without the interpreter's lock
+        target[start : start + len(piece)].copy_(memory)
 
 
 def _is_finite(view: Tensor) -> bool:

@@ -19,6 +19,7 @@ from services.engine.fused_runner import FusedRunner
 from services.engine.kv_cache import KVCache, KVLayout
 from services.engine.loading import load_engine
 from services.engine.model import DeepseekForCausalLM
+from services.engine.plan import plan
 from services.engine.scheduler import Scheduler, SchedulerConfig
 from services.engine.weights import load_weights
 
@@ -181,3 +182,16 @@ def test_a_step_smaller_than_its_graph_leaves_the_cache_alone() -> None:
     others = [block for block in range(256) if block not in used]
     assert others
     assert bool((engine.kv_cache.pool[others] == 7.0).all())
+
+
+def test_the_pool_is_what_the_plan_said() -> None:
+    """Alone on its card: `antiphon plan` for the share that the settings leave the engine, within 3 %."""
+    share = int(0.8 * torch.cuda.get_device_properties(0).total_memory)
+    config = ModelConfig.from_folder(CHECKPOINTS / "v2lite")
+    expected = plan(config, share, torch.bfloat16).caches[0].num_blocks
+    engine = load_engine(
+        ModelSettings(path=str(CHECKPOINTS / "v2lite"), dtype="bfloat16"),
+        EngineSettings(device="cuda", memory_fraction=0.8),
+    )
+    assert engine.pool.num_blocks == pytest.approx(expected, rel=0.03)
+    assert torch.cuda.memory_reserved() < share

@@ -56,6 +56,22 @@ def test_stored_and_computed_number_formats_are_independent(tmp_path, stored, dt
     assert loaded["model.layers.1.mlp.gate.weight"].dtype == torch.float32  # the router's scores are fp32
 
 
+@pytest.mark.parametrize("num_threads", [1, 5])
+def test_tensors_read_at_once_are_those_read_one_by_one(tmp_path, num_threads):
+    config = v3_config()
+    tensors = random_tensors(config)
+    write_checkpoint(tmp_path, config, tensors)
+    model, seen = network(config), []
+    load_weights(model, tmp_path, lambda done, total: seen.append(done), num_threads)
+    assert all(torch.equal(view, tensors[name]) for name, view in model.checkpoint_views().items())
+    assert seen == list(range(1, len(tensors) + 1))
+    tensors[Q_PROJ][0, 0] = torch.nan
+    write_checkpoint(tmp_path, config, tensors)
+    with pytest.raises(InvalidCheckpoint, match="holds NaN") as caught:
+        load_weights(model, tmp_path, None, num_threads)
+    assert caught.value.tensor == Q_PROJ
+
+
 def test_progress_counts_tensors(tmp_path):
     config = v3_config()
     write_checkpoint(tmp_path, config)

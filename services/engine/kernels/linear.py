@@ -1,4 +1,4 @@
-"""x times a weight. For one row it is a matter of reading the weight: a kernel of our own does it faster than cuBLAS."""
+"""x times a weight. One row is a matter of reading the weight: a kernel of our own does it faster than cuBLAS."""
 
 from __future__ import annotations
 
