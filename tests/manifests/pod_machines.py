@@ -88,7 +88,12 @@ class Pods:
         else:
             offered = {name: float(amount) for name, amount in group["resources"].items()}
             labels = ",".join(f"{key}={value}" for key, value in group["labels"].items())
-            options |= {"address": "head:6379", "resources": f"'{json.dumps(offered)}'", "labels": labels}
+            # By address: gRPC's own resolver asks DNS, which is not played.
+            options |= {
+                "address": f"{self.hosts['head']}:6379",
+                "resources": f"'{json.dumps(offered)}'",
+                "labels": labels,
+            }
         line = " ".join(f"--{key}={value}" if value else f"--{key}" for key, value in options.items())
         return f"ulimit -n 65536; exec ray start {line}"
 

@@ -123,7 +123,7 @@ def help_of(*command: str) -> str:
     ).stdout
 
 
-@pytest.mark.parametrize("name", [name for name in SERVICES if not name.endswith("redis")])
+@pytest.mark.parametrize("name", [name for name in SERVICES if "antiphon" in SERVICES[name]["image"]])
 def test_every_command_and_option_exists(name: str) -> None:
     program, verb, *words = SERVICES[name]["command"]
     options = [word.partition("=")[0] for word in words if word.startswith("--")]
@@ -164,14 +164,26 @@ def test_the_head_has_the_files_of_the_policy() -> None:
     assert {str(sessions.password_file), str(sessions.secret_file)} <= targets
 
 
+def test_the_scraper_asks_every_process_that_has_metrics() -> None:
+    config = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yaml").read_text())
+    (found,) = config["scrape_configs"][0]["dns_sd_configs"]
+    telemetry = settings_of_compose().telemetry
+    assert set(found["names"]) == {"gateway", "prefill", "decode"}
+    assert found["port"] == telemetry.metrics_port == telemetry.replica_metrics_port
+
+
 def test_the_images_are_those_of_kubernetes() -> None:
     pods: list[Pod] = Cluster("base", build(K8S / "base")).pods
-    assert {service["image"] for service in SERVICES.values()} == {pod.main["image"] for pod in pods}
+    ours = {service["image"] for service in SERVICES.values() if "profiles" not in service}
+    assert ours == {pod.main["image"] for pod in pods}
+    assert all(re.search(r":v?\d+\.\d+\.\d+", service["image"]) for service in SERVICES.values())
 
 
-def test_only_the_gateway_is_published_and_only_on_this_machine() -> None:
+def test_clients_reach_the_gateway_and_only_from_this_machine() -> None:
     port = settings_of_compose().gateway.port
     assert {name: service["ports"] for name, service in SERVICES.items() if "ports" in service} == {
-        "gateway": [f"127.0.0.1:{port}:{port}"]
+        "gateway": [f"127.0.0.1:{port}:{port}"],
+        "prometheus": ["127.0.0.1:9090:9090"],  # only where it is asked for
     }
+    assert SERVICES["prometheus"]["profiles"]
     assert COMPOSE["networks"]["inside"]["internal"]

@@ -56,6 +56,10 @@ def test_promtool_accepts_the_rules() -> None:
     promtool("check", "rules", "rules.yaml")
 
 
+def test_promtool_accepts_the_configuration_of_compose() -> None:
+    promtool("check", "config", "prometheus.yaml")
+
+
 def test_alerts_fire_when_they_should() -> None:
     promtool("test", "rules", "rules_test.yaml")
 
