@@ -3,10 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv test lint format protos manifests dashboards bench demo constraints clean
+.PHONY: help venv test test-scale lint format protos manifests dashboards bench demo constraints clean
 
 help:  ## list the commands
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
 venv: .venv/.installed  ## .venv with the pinned dependencies
 
@@ -16,8 +16,11 @@ venv: .venv/.installed  ## .venv with the pinned dependencies
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
-test: venv  ## all tests (no GPU needed)
-	$(BIN)/pytest
+test: venv  ## all tests (no GPU needed) but those of test-scale
+	$(BIN)/pytest -m "not scale"
+
+test-scale: venv  ## Ray's autoscaler with nodes that come and go: three minutes
+	$(BIN)/pytest -m scale
 
 demo: venv  ## the whole cluster on this machine, and a conversation with it
 	$(BIN)/python scripts/demo.py
