@@ -187,22 +187,23 @@ class SuccessorHandle:
 
     async def inherit(self, successor: Identity, incarnations: tuple[str, ...]) -> bool:
         """See SuccessorClient."""
-        return bool(await self._call(successor, "inherit", successor, incarnations))
+        return bool(await self._call(_CALL_S, successor, "inherit", successor, incarnations))
 
     async def num_held(self, successor: Identity, prefix: Prefix) -> int:
         """See SuccessorClient."""
-        return int(await self._call(successor, "num_held", prefix))
+        return int(await self._call(_CALL_S, successor, "num_held", prefix))
 
     async def adopt(self, adoption: Adoption) -> bool:
         """See SuccessorClient."""
-        return bool(await self._call(adoption.successor, "adopt", adoption))
+        timeout_s = _CALL_S + self._fetch_timeout_s
+        return bool(await self._call(timeout_s, adoption.successor, "adopt", adoption))
 
-    async def _call(self, successor: Identity, method: str, *args: object) -> Any:
+    async def _call(self, timeout_s: float, successor: Identity, method: str, *args: object) -> Any:
         pin = pin_of(successor.replica_id)
         handle = self._get_handle().options(method_name=method, session_id=pin, _by_reference=True)
         response = handle.remote(*args)
         assert isinstance(response, DeploymentResponse)
-        return await replica_call(response, self._fetch_timeout_s + _CALL_S)
+        return await replica_call(response, timeout_s)
 
 
 class PrefillHandle:
