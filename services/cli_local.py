@@ -137,7 +137,8 @@ def show_plan(model: str, memory: str, max_seq_len: int | None, dtype: str, bloc
         "torch."
     )
     console.print(
-        f"{result.num_parameters / 1e9:,.2f} B parameters, {_gib(result.weight_bytes)} of weights as {weights}; {_gib(max(0, result.left_bytes))} left for the KV cache"
+        f"{result.num_parameters / 1e9:,.2f} B parameters, {_gib(result.weight_bytes)} of weights as {weights};"
+        f" {_gib(max(0, result.left_bytes))} left for the KV cache"
         f" of {memory}, 2 GiB kept free",
         highlight=False,
         soft_wrap=True,
