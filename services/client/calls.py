@@ -44,6 +44,7 @@ CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", 16 * 2**20),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),
 )
 
 

@@ -132,6 +132,7 @@ def channel_options(settings: GatewaySettings) -> list[tuple[str, int]]:
         ("grpc.max_send_message_length", settings.max_response_bytes),
         ("grpc.keepalive_time_ms", milliseconds(settings.keepalive_interval_s)),
         ("grpc.keepalive_timeout_ms", milliseconds(settings.keepalive_timeout_s)),
+        ("grpc.http2.ping_timeout_ms", milliseconds(settings.keepalive_timeout_s)),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", milliseconds(settings.keepalive_min_interval_s)),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", milliseconds(settings.keepalive_min_interval_s)),

@@ -22,7 +22,7 @@ from tests.cluster.whole.loads import chained, local_tokens
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(300)]
 
 REPLY = SamplingParams(temperature=0.0, max_tokens=120, ignore_eos=True)
-DEADLINE_S = 120.0  # of the turns: none may need it
+DEADLINE_S = 45.0  # of the turns: none may need it
 
 
 @contextmanager
