@@ -1,0 +1,364 @@
+"""How close the whole engine comes to what the card can do, and to transformers on the same weights.
+
+    python -m tests.bench.engine [--only steps prefill turns latency kv experts peer] [--out FOLDER]
+
+Measures the card's copy and matrix rates first. The model has the shape of a published config.json (DeepSeek-V2-Lite;
+DeepSeek-V3 with four layers) and random weights. Contexts are not computed: their blocks are reserved, declared arrived
+and filled with random numbers. Every row is a median of engine steps on the host's clock, scheduling, sampling and
+reading the tokens included, beside its limit: bytes of the weights and latents that a step has to read over the copy
+rate, or operations over the matrix rate. The experts that a step reads are counted, not assumed. Before anything is
+timed the graphs' logits are compared with those of the same step launched kernel by kernel. Writes
+tests/bench/results/engine-CARD.json after each part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import itertools
+import json
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from services.common.messages import SamplingParams
+from services.common.settings import EngineSettings, ModelSettings
+from services.engine import fused
+from services.engine.engine import Engine, EngineRequest
+from services.engine.fused_runner import FusedRunner
+from services.engine.loading import load_engine
+from tests.bench.engine_peer import Peer
+from tests.bench.kernels import RESULTS, Rates, measure_rates
+from tests.kernel_inputs import relative_error
+
+CONFIGS = Path(__file__).parents[1] / "data/configs"
+PARTS = ("steps", "prefill", "turns", "latency", "kv", "experts", "peer")
+GREEDY = {"temperature": 0.0, "ignore_eos": True}
+_seeds = itertools.count()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure. fraction: of the limit, or the ratio to what it is compared with; goal: what it should reach."""
+
+    what: str
+    value: float
+    unit: str
+    limit: float | None
+    fraction: float
+    goal: float
+    note: str = ""
+
+    @property
+    def is_reached(self) -> bool:
+        return self.fraction >= self.goal
+
+
+def load(name: str, changes: dict[str, Any] | None = None, kv_dtype: str = "auto", **settings: Any) -> Engine:
+    """An engine with random weights and a pool full of random numbers."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    config = json.loads((CONFIGS / f"{name}.json").read_text()) | (changes or {})
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        started_s = time.perf_counter()
+        engine = load_engine(
+            ModelSettings(path=folder, load_format="dummy", kv_dtype=kv_dtype, max_seq_len=33_792),
+            EngineSettings(device="cuda", block_size=64, **settings),
+        )
+    blocks = f"{engine.pool.num_blocks} blocks of 64, {torch.cuda.memory_reserved() / 2**30:.1f} GiB"
+    print(f"{name}: loaded in {time.perf_counter() - started_s:.0f} s, {blocks}", flush=True)
+    fill_with_noise(engine)
+    return engine
+
+
+def fill_with_noise(engine: Engine) -> None:
+    """Latents as norms leave them; of FP8 records, through the cache's own packing."""
+    layout, pool = engine.layout, engine.kv_cache.pool
+    if layout.kv_dtype != "fp8":
+        pool.normal_()
+        return
+    width = layout.kv_lora_rank + layout.qk_rope_head_dim
+    blocks = torch.zeros(layout.block_size, dtype=torch.int64, device=pool.device)
+    rows = torch.randn(layout.block_size, width, device=pool.device)
+    for layer in range(layout.num_layers):
+        engine.kv_cache.write(layer, blocks, torch.arange(layout.block_size, device=pool.device), rows)
+    pool[1:] = pool[:1]
+
+
+def prompt(engine: Engine, length: int, seed: int | None = None) -> list[int]:
+    generator = torch.Generator().manual_seed(next(_seeds) if seed is None else seed)
+    return torch.randint(3, engine.config.vocab_size, (length,), generator=generator).tolist()
+
+
+def add_with_context(engine: Engine, tokens: list[int], num_computed: int, num_new: int) -> str:
+    """A request whose first tokens need not be computed."""
+    request_id = f"request-{next(_seeds)}"
+    reservation = engine.reserve(tokens)
+    engine.arrived(reservation, max(num_computed, reservation.num_computed_tokens))
+    engine.add(EngineRequest(request_id, tokens, SamplingParams(max_tokens=num_new, **GREEDY)), reservation)
+    return request_id
+
+
+def drain(engine: Engine) -> None:
+    for request_id in list(engine._live):
+        engine.abort(request_id)
+    while engine.has_work:
+        engine.step()
+
+
+def step_ms(engine: Engine, batch: int, context: int, num_shared: int = 1, steps: int = 40) -> float:
+    """Median time of a decode step. num_shared: sequences that have one context in common (each still reads it)."""
+    for index in range(batch):
+        seed = 10**6 + index // num_shared + 1000 * context
+        tokens = prompt(engine, context - 1, seed) + prompt(engine, 1)
+        add_with_context(engine, tokens, context - 1, steps + 20)
+    for _ in range(8):
+        engine.step()
+    times = []
+    for _ in range(steps):
+        started_s = time.perf_counter()
+        outputs = engine.step()
+        times.append(time.perf_counter() - started_s)
+        assert len(outputs) == batch, (len(outputs), batch)
+    return statistics.median(times) * 1e3
+
+
+def experts_touched(engine: Engine) -> float:
+    """Experts whose weights one step of the running sequences reads, a layer."""
+    counts: list[int] = []
+    choose = fused.choose_experts
+
+    def counting(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        ids, weights = choose(*arguments)
+        counts.append(int(ids.unique().numel()))
+        return ids, weights
+
+    runner = engine._runner
+    assert isinstance(runner, FusedRunner)
+    graphs, runner._graphs, fused.choose_experts = runner._graphs, None, counting
+    try:
+        engine.step()
+        engine.step()
+    finally:
+        runner._graphs, fused.choose_experts = graphs, choose
+    return statistics.mean(counts)
+
+
+def step_bytes(engine: Engine, batch: int, context: int, touched: float) -> float:
+    """What a step has to read: all weights but the embedding's, of the experts the touched ones; and the latents."""
+    runner = engine._runner
+    num_bytes = 0.0
+    for name, parameter in runner.model.named_parameters():
+        size = parameter.numel() * parameter.element_size()
+        if ".experts." in name:
+            size = size * touched / engine.config.n_routed_experts
+        if "embed_tokens" not in name:
+            num_bytes += size
+    return num_bytes + batch * context * engine.layout.bytes_per_token
+
+
+def check(engine: Engine) -> None:
+    """Logits of a step by a graph against the same step launched one by one."""
+    for _ in range(5):
+        add_with_context(engine, prompt(engine, 300), 299, 50)
+    runner = engine._runner
+    assert isinstance(runner, FusedRunner)
+    chunks = engine.scheduler.schedule()
+    by_graph = runner.run(chunks).clone()
+    graphs, runner._graphs = runner._graphs, None
+    error = relative_error(by_graph, runner.run(chunks))
+    runner._graphs = graphs
+    engine.scheduler.commit((), {})
+    drain(engine)
+    # Another number of rows may take another kernel of cuBLAS.
+    assert error < 0.03, error
+    print(f"logits of a graph against single launches: {error:.1e}", flush=True)
+
+
+class Bench:
+    """The parts, each yielding rows."""
+
+    def __init__(self, rates: Rates) -> None:
+        self.rates = rates
+        self._engine: Engine | None = None
+
+    def lite(self) -> Engine:
+        """The 16B model in bf16; one for all parts that want it."""
+        if self._engine is None:
+            self._engine = load("deepseek-v2-lite", max_num_sequences=256, max_num_batched_tokens=8192)
+            check(self._engine)
+        return self._engine
+
+    def forget(self) -> None:
+        self._engine = None
+
+    def decode(self, engine: Engine, name: str, batch: int, context: int, goal: float, **kwargs: Any) -> Row:
+        ms = step_ms(engine, batch, context, **kwargs)
+        touched = experts_touched(engine)
+        drain(engine)
+        limit_ms = step_bytes(engine, batch, context, touched) / self.rates.copy * 1e3
+        note = f"{ms:.2f} ms a step, limit {limit_ms:.2f}; {touched:.0f} experts a layer"
+        what = f"{name}, batch {batch}, {context} context"
+        return Row(what, batch / ms * 1e3, "tokens/s", batch / limit_ms * 1e3, limit_ms / ms, goal, note)
+
+    def steps(self) -> Iterator[Row]:
+        for batch, context, goal in ((1, 1024, 0.6), (32, 1024, 0.6), (64, 4096, 0.65), (256, 2048, 0.6)):
+            yield self.decode(self.lite(), "16B decode", batch, context, goal)
+
+    def prefill(self) -> Iterator[Row]:
+        engine = self.lite()
+        ms = statistics.median([first_token_ms(engine, prompt(engine, 8192)) for _ in range(4)][1:])
+        limit_ms = prefill_flops(engine, 8192) / self.rates.bfloat16 * 1e3
+        yield Row("16B prefill of 8192 tokens", ms, "ms", limit_ms, limit_ms / ms, 0.45)
+
+    def turns(self) -> Iterator[Row]:
+        engine = self.lite()
+        cold, warm = [], []
+        for _ in range(4):
+            history = prompt(engine, 16_384)
+            first_token_ms(engine, history)
+            turn = history + prompt(engine, 200)
+            warm.append(first_token_ms(engine, turn))
+            cold.append(first_token_ms(engine, prompt(engine, len(turn))))
+        reuse, afresh = statistics.median(warm[1:]), statistics.median(cold[1:])
+        note = f"afresh {afresh:.1f} ms"
+        yield Row("16B, first token of 200 new after 16384", reuse, "ms", None, afresh / reuse, 15, note)
+
+    def latency(self) -> Iterator[Row]:
+        """Sequences decode while prompts of 8k tokens arrive, one after another."""
+        engine = self.lite()
+        config = engine.scheduler.config
+        for budget in (512, 1024, 2048):
+            engine.scheduler.config = dataclasses.replace(config, max_num_batched_tokens=budget)
+            gaps = gaps_ms(engine)
+            engine.scheduler.config = config
+            p50, p99 = statistics.median(gaps), statistics.quantiles(gaps, n=100)[98]
+            what = f"16B, 32 decode while 8k prompts arrive, {budget} tokens a step: p99 between tokens"
+            yield Row(what, p99, "ms", None, 2 * p50 / p99, 1.0, f"p50 {p50:.1f} ms; goal: p99 at most twice that")
+
+    def kv(self) -> Iterator[Row]:
+        """Two sequences share a context each: 64 contexts of 32k in bf16 would not fit beside the weights."""
+        plain = self.decode(self.lite(), "16B, bf16 KV", 64, 32_768, 0.6, num_shared=2, steps=15)
+        self.forget()
+        engine = load(
+            "deepseek-v2-lite", kv_dtype="fp8", max_num_sequences=64, max_num_batched_tokens=2048, memory_fraction=0.92
+        )
+        packed = self.decode(engine, "16B, FP8 KV", 64, 32_768, 0.6, num_shared=2, steps=15)
+        yield from (plain, packed)
+        ratio = packed.value / plain.value
+        assert plain.limit is not None
+        assert packed.limit is not None
+        note = f"by the limits {packed.limit / plain.limit:.2f}"
+        yield Row("16B, FP8 KV against bf16 KV", ratio, "x", None, ratio, 1.5, note)
+
+    def experts(self) -> Iterator[Row]:
+        self.forget()
+        layers = {"num_hidden_layers": 4, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0}
+        engine = load("deepseek-v3", layers, max_num_sequences=128, max_num_batched_tokens=2048)
+        check(engine)
+        for batch in (1, 32, 128):
+            yield self.decode(engine, "V3 shape, 4 layers, FP8", batch, 1024, 0.6)
+
+    def peer(self) -> Iterator[Row]:
+        engine = self.lite()
+        ours = {batch: self.decode(engine, "16B decode", batch, 1024, 0.6).value for batch in (1, 32)}
+        peer = Peer(engine, CONFIGS / "deepseek-v2-lite.json")
+        for batch, goal in ((1, 4.0), (32, 10.0)):
+            rate, how = peer.tokens_per_s(batch, 1024)
+            ratio = ours[batch] / rate
+            yield Row(f"16B decode, batch {batch}, against transformers", ratio, "x", None, ratio, goal,
+                      f"{ours[batch]:.0f} against {rate:.0f} tokens/s; {how}")  # fmt: skip
+
+
+def first_token_ms(engine: Engine, tokens: list[int]) -> float:
+    torch.cuda.synchronize()
+    started_s = time.perf_counter()
+    engine.add(EngineRequest(f"first-{next(_seeds)}", tokens, SamplingParams(max_tokens=1, **GREEDY)))
+    while engine.has_work:
+        engine.step()
+    return (time.perf_counter() - started_s) * 1e3
+
+
+def gaps_ms(engine: Engine) -> list[float]:
+    """Times between tokens of 32 sequences."""
+    decoding = {add_with_context(engine, prompt(engine, 2048), 2047, 4000) for _ in range(32)}
+    for _ in range(8):
+        engine.step()
+    gaps, num_prompts = [], 0
+    last_s = time.perf_counter()
+    while num_prompts < 5 or engine.scheduler.num_waiting or any(name not in decoding for name in engine._live):
+        if num_prompts < 5 and all(name in decoding for name in engine._live):
+            request = EngineRequest(
+                f"prompt-{next(_seeds)}", prompt(engine, 8192), SamplingParams(max_tokens=1, **GREEDY)
+            )
+            engine.add(request)
+            num_prompts += 1
+        if any(output.request_id in decoding for output in engine.step()):
+            now_s = time.perf_counter()
+            gaps.append((now_s - last_s) * 1e3)
+            last_s = now_s
+    drain(engine)
+    return gaps
+
+
+def prefill_flops(engine: Engine, length: int) -> float:
+    """Twice the weights that a token passes through, and attention over half the square; logits of one token."""
+    config = engine.config
+    active = 0.0
+    for name, parameter in engine._runner.model.named_parameters():
+        if ".experts." in name:
+            active += parameter.numel() * config.num_experts_per_tok / config.n_routed_experts
+        elif "embed_tokens" not in name and "lm_head" not in name:
+            active += parameter.numel()
+    width = config.qk_head_dim + config.v_head_dim
+    attention = config.num_hidden_layers * config.num_attention_heads * width * length**2
+    return 2 * active * length + attention
+
+
+def main() -> None:
+    """Run, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    rates = measure_rates()
+    print(f"copy {rates.copy / 1e12:.2f} TB/s; TFLOP/s: {rates.bfloat16 / 1e12:.0f} bf16, {rates.fp8 / 1e12:.0f} fp8")
+    bench, rows = Bench(rates), []
+    for part in sorted(arguments.only, key=("steps", "prefill", "turns", "latency", "peer", "kv", "experts").index):
+        run_part: Callable[[], Iterator[Row]] = getattr(bench, part)
+        for row in run_part():
+            rows.append(row)
+            limit = f"limit {row.limit:9.1f}" if row.limit is not None else " " * 15
+            verdict = f"goal {row.goal:<5} {'reached' if row.is_reached else 'NOT reached'}  {row.note}"
+            print(f"{row.what:78} {row.value:9.1f} {row.unit:9} {limit}  {row.fraction:6.3f} {verdict}", flush=True)
+        write(arguments.out, rates, rows)
+
+
+def write(folder: Path, rates: Rates, rows: list[Row]) -> None:
+    card = torch.cuda.get_device_name()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
+    result = {
+        "card": card,
+        "torch": torch.__version__,
+        "commit": commit.strip(),
+        "command": "python -m tests.bench.engine",
+        "rates": asdict(rates),
+        "rows": [asdict(row) | {"is_reached": row.is_reached} for row in rows],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"engine-{card.lower().replace(' ', '-')}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
