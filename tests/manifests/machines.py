@@ -56,7 +56,8 @@ class Machine:
         (self._root / "etc/hosts").write_text("127.0.0.1 localhost\n" + "".join(f"{v} {k}\n" for k, v in hosts.items()))
         mounts = [f"mount -o remount,ro {self._root}"]
         mounts += [f"mount -t tmpfs -o mode=1777 t {self._root}{path}" for path in (*self._writable(), "/dev/shm")]
-        mounts += [f"mount -t proc proc {self._root}/proc", f"exec {self._entered(command, environment)}"]
+        mounts += [f"mount -t proc proc {self._root}/proc", f"mount -t sysfs -o ro sysfs {self._root}/sys"]
+        mounts += [f"exec {self._entered(command, environment)}"]
         line = " && ".join(mounts)
         apart = f"exec ip netns exec {self.name} unshare --mount --pid --fork --kill-child sh -c {shlex.quote(line)}"
         with self.log.open("wb") as log:
