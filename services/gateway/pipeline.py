@@ -41,6 +41,7 @@ from services.gateway.reply import Reply
 from services.gateway.router import Route, RoutingQuestion
 from services.gateway.sessions import GatewaySessions, TurnLease, acquire
 from services.gateway.text import Encoder
+from services.gateway.watch import Watch
 from services.pb.antiphon.internal.v1 import decode_service_pb2 as pb
 from services.sessions.base import Acquired, AlreadyCommitted, SessionStore, TurnRecord, TurnStart
 from services.sessions.from_settings import tenant_salt
@@ -78,7 +79,7 @@ class Pipeline:
 
     async def generate(self, turn: TurnRequest) -> AsyncGenerator[TurnEvent]:
         """One turn. Raises SessionBusy, NotFound, QuotaExceeded, PromptTooLong, Exhausted, Unavailable, StaleLease."""
-        parts, watch, attempts = self._parts, _Watch(), Attempts(self._parts.settings.routing.max_resumes)
+        parts, watch, attempts = self._parts, Watch(), Attempts(self._parts.settings.routing.max_resumes)
 
         # 1. The session: its lease and its history. A repeated idempotency key brings the old reply back.
         acquired = await self._acquire(turn)
@@ -233,7 +234,7 @@ class Pipeline:
         return Started(turn.request_id, turn.session, number, num_prompt, num_cached, route.decision)
 
     def _finished(
-        self, turn: TurnRequest, num_prompt: int, route: Route, reply: Reply, attempts: Attempts, watch: _Watch
+        self, turn: TurnRequest, num_prompt: int, route: Route, reply: Reply, attempts: Attempts, watch: Watch
     ) -> Finished:
         assert reply.finish_reason is not None
         timings = watch.timings(reply.timings)
@@ -265,42 +266,6 @@ class Pipeline:
         return "" if turn.session is None else self._parts.keyspace.session_digest(turn.tenant, turn.session)
 
 
-class _Watch:
-    """Times of one turn, as the gateway measures them."""
-
-    def __init__(self) -> None:
-        self._started_s = self._lap_s = time.perf_counter()
-        self._first_token_s: float | None = None
-        self._last_token_s = self._started_s
-        self._laps = {"session_ms": 0.0, "tokenize_ms": 0.0, "route_ms": 0.0}
-
-    def lap(self, stage: str) -> None:
-        """The time since the last lap was spent on this stage; laps are over once the replica works."""
-        now_s = time.perf_counter()
-        if self._first_token_s is None:
-            self._laps[stage] += (now_s - self._lap_s) * 1e3
-        self._lap_s = now_s
-
-    def saw_token(self) -> None:
-        """Tokens have arrived."""
-        self._last_token_s = time.perf_counter()
-        if self._first_token_s is None:
-            self._first_token_s = self._last_token_s
-
-    def timings(self, replica: Timings) -> Timings:
-        """With the replica's share; decode_ms is the gateway's own where the replica has not said."""
-        first_s = self._last_token_s if self._first_token_s is None else self._first_token_s
-        return dataclasses.replace(
-            replica,
-            first_token_ms=(first_s - self._started_s) * 1e3,
-            decode_ms=replica.decode_ms or (self._last_token_s - first_s) * 1e3,
-            total_ms=(time.perf_counter() - self._started_s) * 1e3,
-            session_ms=self._laps["session_ms"],
-            tokenize_ms=self._laps["tokenize_ms"],
-            route_ms=self._laps["route_ms"],
-        )
-
-
 def _with_seed(sampling: SamplingParams) -> SamplingParams:
     """Stop strings stay here; a random turn gets a seed, so that another replica can go on with the same draws."""
     sampling = dataclasses.replace(sampling, stop=())
@@ -309,7 +274,7 @@ def _with_seed(sampling: SamplingParams) -> SamplingParams:
     return sampling
 
 
-def _replay(turn: TurnRequest, old: AlreadyCommitted, tokenizer: Tokenizer, watch: _Watch) -> list[TurnEvent]:
+def _replay(turn: TurnRequest, old: AlreadyCommitted, tokenizer: Tokenizer, watch: Watch) -> list[TurnEvent]:
     """The events of a turn that has been committed: its tokens as one delta, and no work."""
     watch.lap("session_ms")
     detokenizer = Detokenizer(tokenizer, turn.sampling.stop)
