@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from services.engine.attention import Projections
 from services.engine.config import LATENT_NORM_EPS, ModelConfig
-from services.engine.fused_attention import FusedAttention
+from services.engine.fused_attention import FusedAttention, Projected
 from services.engine.kernels.add_rms_norm import add_rms_norm
 from services.engine.kernels.choose_experts import Routing, choose_experts
 from services.engine.kernels.embed_tokens import embed_tokens
@@ -51,7 +51,8 @@ class FusedModel:
         self._projections: list[tuple[Product, int]] = []
         self._output_projections: list[Product] = []
         self._feed_forwards: list[Product] = []
-        for layer in model.model.decoder_layers:
+        self._layers = model.model.decoder_layers
+        for layer in self._layers:
             self._projections.append(_first_projection(layer.self_attn, rounds))
             self._output_projections.append(_product(layer.self_attn.o_proj))
             self._feed_forwards.append(self._feed_forward(layer.mlp, rounds))
@@ -61,25 +62,36 @@ class FusedModel:
 
         sampled_ids: those of the step before, see `embed_tokens`.
         """
-        model = self._model.model
-        h = embed_tokens(step.token_ids, sampled_ids, model.embed_tokens.weight)
-        delta: Tensor | None = None
-        for index, layer in enumerate(model.decoder_layers):
-            norm = layer.input_layernorm
-            x = add_rms_norm(h, delta, norm.weight, norm.eps)
-            delta = self._attend(index, layer.self_attn, x, step)
-            norm = layer.post_attention_layernorm
-            x = add_rms_norm(h, delta, norm.weight, norm.eps)
-            delta = self._feed_forwards[index](x)
-        if step.logits_rows is not None:
-            h = h.index_select(0, step.logits_rows)
-            delta = delta.index_select(0, step.logits_rows) if delta is not None else None
-        x = add_rms_norm(h, delta, model.norm.weight, model.norm.eps)
-        head = model.embed_tokens if self._config.tie_word_embeddings else self._model.lm_head
-        return torch.mm(x, head.weight.t(), out=out)
+        h, projected = self.begin(step, sampled_ids)
+        heads, width = self._config.num_attention_heads, self._config.v_head_dim
+        delta = h
+        for index in range(self.num_layers):
+            attended = h.new_empty(len(h), heads, width)
+            self.attend(index, projected, step, attended)
+            delta = self.close(index, h, attended)
+            if index + 1 < self.num_layers:
+                projected = self.open(index + 1, h, delta, step)
+        return self.logits(h, delta, step.logits_rows, out)
 
-    def _attend(self, index: int, projections: Projections, x: Tensor, step: Step) -> Tensor:
-        config = self._config
+    # The parts of a step. Attention alone depends on more than the number of tokens: the rest can be captured.
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._layers)
+
+    def begin(self, step: Step, sampled_ids: Tensor, into: Projected | None = None) -> tuple[Tensor, Projected]:
+        """The residual stream [T, D], which later parts change in place, and what the first layer attends with."""
+        h = embed_tokens(step.token_ids, sampled_ids, self._model.model.embed_tokens.weight)
+        return h, self.open(0, h, None, step, into)
+
+    def open(self, index: int, h: Tensor, delta: Tensor | None, step: Step, into: Projected | None = None) -> Projected:
+        """From the residual stream and what the layer before adds to it to this layer's queries and stored latents.
+
+        into: tensors of these sizes to use instead of new ones.
+        """
+        config, layer = self._config, self._layers[index]
+        projections = layer.self_attn
+        x = add_rms_norm(h, delta, layer.input_layernorm.weight, layer.input_layernorm.eps)
         product, num_first = self._projections[index]
         projected = product(x)
         first, latents = projected[:, :num_first], projected[:, num_first:]
@@ -87,8 +99,11 @@ class FusedModel:
             first = add_rms_norm(first, None, projections.q_a_layernorm.weight, projections.q_a_layernorm.eps)
             first = projections.q_b_proj(first)
         q = first.unflatten(-1, (config.num_attention_heads, -1))
-        num_rows = step.context_lens.shape[0]
-        absorbed = q.new_empty(num_rows, config.num_attention_heads, config.kv_lora_rank + config.qk_rope_head_dim)
+        if into is not None:
+            q, latents, absorbed = into.q.copy_(q), into.latents.copy_(latents), into.absorbed
+        else:
+            width = config.kv_lora_rank + config.qk_rope_head_dim
+            absorbed = q.new_empty(step.num_rows, config.num_attention_heads, width)
         mla_store(
             q,
             latents,
@@ -101,8 +116,26 @@ class FusedModel:
             step.slots,
             absorbed,
         )
-        attended = self._attention.attend(index, projections, q, absorbed, latents, step)
-        return self._output_projections[index](attended.flatten(1))
+        return Projected(q, latents, absorbed)
+
+    def attend(self, index: int, projected: Projected, step: Step, out: Tensor) -> None:
+        """Attention of a layer, into out [T, H, V]."""
+        self._attention.attend(index, self._layers[index].self_attn, projected, step, out)
+
+    def close(self, index: int, h: Tensor, attended: Tensor) -> Tensor:
+        """From a layer's attention to what the layer adds to the residual stream last, [T, D]."""
+        norm = self._layers[index].post_attention_layernorm
+        delta = self._output_projections[index](attended.flatten(1))
+        return self._feed_forwards[index](add_rms_norm(h, delta, norm.weight, norm.eps))
+
+    def logits(self, h: Tensor, delta: Tensor, rows: Tensor | None, out: Tensor | None = None) -> Tensor:
+        """Of the residual stream's rows (None: all), [rows, V]."""
+        norm = self._model.model.norm
+        if rows is not None:
+            h, delta = h.index_select(0, rows), delta.index_select(0, rows)
+        x = add_rms_norm(h, delta, norm.weight, norm.eps)
+        head = self._model.model.embed_tokens if self._config.tie_word_embeddings else self._model.lm_head
+        return torch.mm(x, head.weight.t(), out=out)
 
     def _feed_forward(self, mlp: nn.Module, rounds: bool) -> Product:
         if not isinstance(mlp, MoE):

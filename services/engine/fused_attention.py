@@ -5,6 +5,8 @@ Shapes: T tokens, R rows of a step, H heads, N nope, V value, C latent, K keys (
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,6 +24,15 @@ from services.engine.step import LongChunks, Step
 EXPANDED_BYTES = 512 * 2**20
 
 
+@dataclass(frozen=True, slots=True)
+class Projected:
+    """What `mla_store` left of a layer: q [T, H, N+R], latents [T, C+R], absorbed [>= R, H, C+R] with the rope part."""
+
+    q: Tensor
+    latents: Tensor
+    absorbed: Tensor
+
+
 class FusedAttention:
     """One cache of latents and all the layers that attend to it."""
 
@@ -30,17 +41,14 @@ class FusedAttention:
         self._cache = cache
         self._scale = softmax_scale(config)
 
-    def attend(
-        self, layer: int, projections: Projections, q: Tensor, absorbed: Tensor, latents: Tensor, step: Step
-    ) -> Tensor:
-        """[T, H, V] from what `mla_store` left: q [T, H, N+R], absorbed [R, H, C+R], latents [T, C+R]."""
-        num_rows = len(absorbed)
-        out = q.new_empty(*q.shape[:2], self._config.v_head_dim)
+    def attend(self, layer: int, projections: Projections, projected: Projected, step: Step, out: Tensor) -> None:
+        """Attends, into out [T, H, V]."""
+        q, latents, absorbed = projected.q, projected.latents, projected.absorbed
+        num_rows = step.num_rows
         if num_rows:
-            self._attend_rows(layer, projections, q[:num_rows], absorbed, out[:num_rows], step)
+            self._attend_rows(layer, projections, q[:num_rows], absorbed[:num_rows], out[:num_rows], step)
         if step.long is not None:
             self._attend_long(layer, projections, q[num_rows:], latents[num_rows:], out[num_rows:], step.long)
-        return out
 
     def _attend_rows(
         self, layer: int, projections: Projections, q: Tensor, absorbed: Tensor, out: Tensor, step: Step

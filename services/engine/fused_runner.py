@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from services.engine.chunk_graphs import ChunkGraphs, Widths
 from services.engine.device_tables import DeviceTables
 from services.engine.fused import FusedModel
 from services.engine.fused_attention import EXPANDED_BYTES
@@ -41,6 +42,7 @@ class FusedRunner:
         self._sampled_ids = torch.zeros(max_num_sequences, dtype=torch.int32, device=device)
         self._ids_on_host = [HostIds(max_num_sequences, device) for _ in range(_NUM_FLIGHTS)]
         self._graphs: DecodeGraphs | None = None
+        self._chunk_graphs: ChunkGraphs | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -61,17 +63,19 @@ class FusedRunner:
         return peak + EXPANDED_BYTES
 
     @torch.inference_mode()
-    def capture_graphs(self, progress: Callable[[int, int], None] | None = None) -> int:
-        """Makes the graphs of decode steps and returns their number. progress: called with (done, in all)."""
+    def capture_graphs(self, max_num_tokens: int, progress: Callable[[int, int], None] | None = None) -> int:
+        """Makes graphs of decode steps and of steps with few tokens, up to max_num_tokens; how many batch sizes.
+
+        progress: called with (done, in all).
+        """
+        config, dtype, pool = self.model.config, self.cache.compute_dtype, torch.cuda.graph_pool_handle()
+        max_rows = len(self._sampled_ids)
         self._graphs = DecodeGraphs(
-            self._fused,
-            self._tables,
-            self._sampled_ids,
-            self.vocab_size,
-            len(self._sampled_ids),
-            self.cache.compute_dtype,
-            progress,
+            self._fused, self._tables, self._sampled_ids, config.vocab_size, max_rows, dtype, pool, progress
         )
+        latent = config.kv_lora_rank + config.qk_rope_head_dim
+        widths = Widths(config.num_attention_heads, config.qk_head_dim, config.v_head_dim, latent)
+        self._chunk_graphs = ChunkGraphs(self._fused, self._sampled_ids, widths, max_num_tokens, dtype, pool)
         return self._graphs.num_sizes
 
     @torch.inference_mode()
@@ -111,6 +115,8 @@ class FusedRunner:
             step, sent = decode_step(arrays, self._tables, layout.block_size, self._staging, draws)
         else:
             step, sent = mixed_step(chunks, self._tables, layout, self._staging, self.cache.compute_dtype, draws)
+            if self._chunk_graphs is not None and len(step.token_ids) <= self._chunk_graphs.max_tokens:
+                return self._chunk_graphs.run(step), sent
         return self._fused(step, self._sampled_ids), sent
 
 

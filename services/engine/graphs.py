@@ -7,7 +7,7 @@ that nobody reads, and store nothing.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from services.engine.fused import FusedModel
 from services.engine.kernels.draw_tokens import Draws, draw_tokens
 from services.engine.staging import Staging, num_bytes, views
 from services.engine.step import Step, StepArrays
+
+T = TypeVar("T")
 
 # Up to here a step's time hardly grows with its rows; beyond, rows left over would cost as much as others.
 _FIRST_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 224, 256)
@@ -34,6 +36,18 @@ def graph_sizes(max_rows: int) -> list[int]:
 _KINDS = ((False, False), (False, True), (True, True))
 
 
+def captured(function: Callable[[], T], pool: Any, stream: torch.cuda.Stream) -> tuple[torch.cuda.CUDAGraph, T]:
+    """A function as a graph, and what it returned, which every replay writes anew. It is run once before."""
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        function()  # compiles kernels, and makes the libraries' workspaces
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, stream=stream):
+        result = function()
+    return graph, result
+
+
 class DecodeGraphs:
     """Captured steps of one model, and the sampling after them. All share inputs, outputs and the memory in between."""
 
@@ -45,9 +59,10 @@ class DecodeGraphs:
         vocab_size: int,
         max_rows: int,
         dtype: torch.dtype,
+        pool: Any,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """progress: called with (sizes captured, sizes in all)."""
+        """pool: of graphs that never run at the same time. progress: called with (sizes captured, sizes in all)."""
         self._model = model
         self._tables = tables
         self._sampled_ids = sampled_ids
@@ -59,7 +74,6 @@ class DecodeGraphs:
         self._logits = torch.empty(max_rows, vocab_size, dtype=dtype, device=device)
         self._steps: dict[int, torch.cuda.CUDAGraph] = {}
         self._samplers: dict[tuple[int, bool, bool], torch.cuda.CUDAGraph] = {}
-        pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream(device)
         for done, size in enumerate(reversed(self._sizes), start=1):  # the largest first: others fit into its memory
             self._capture(size, pool, stream)
@@ -98,19 +112,9 @@ class DecodeGraphs:
         def sample(cuts_k: bool, cuts_p: bool) -> None:
             draw_tokens(self._logits[:size], draws, self._sampled_ids[:size], cuts_k=cuts_k, cuts_p=cuts_p)
 
-        def captured(function: Callable[[], None]) -> torch.cuda.CUDAGraph:
-            torch.cuda.synchronize()
-            with torch.cuda.stream(stream):
-                function()  # compiles kernels, and makes the libraries' workspaces
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=stream):
-                function()
-            return graph
-
-        self._steps[size] = captured(lambda: self._step(inputs))
-        for cuts_k, cuts_p in _KINDS:
-            self._samplers[size, cuts_k, cuts_p] = captured(lambda k=cuts_k, p=cuts_p: sample(k, p))  # type: ignore[misc]
+        self._steps[size], _ = captured(lambda: self._step(inputs), pool, stream)
+        for kind in _KINDS:
+            self._samplers[size, *kind], _ = captured(lambda k=kind: sample(*k), pool, stream)  # type: ignore[misc]
 
     def _step(self, inputs: dict[str, Tensor]) -> None:
         tables = self._tables.tensor.index_select(0, inputs["table_rows"])

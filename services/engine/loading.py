@@ -104,7 +104,7 @@ def _runner(
     _resize(cache, num_blocks, device)
     if engine.cuda_graphs:
         started_s = time.perf_counter()
-        num_graphs = runner.capture_graphs()
+        num_graphs = runner.capture_graphs(engine.max_num_batched_tokens)
         log.info("captured CUDA graphs of %d batch sizes in %.1f s", num_graphs, time.perf_counter() - started_s)
     return runner
 

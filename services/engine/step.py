@@ -56,6 +56,11 @@ class Step:
     long: LongChunks | None
     logits_rows: Tensor | None
 
+    @property
+    def num_rows(self) -> int:
+        """R."""
+        return self.context_lens.shape[0]
+
 
 @dataclass(frozen=True, slots=True)
 class StepArrays:

@@ -31,7 +31,7 @@ def mla_store(
     q [T, H, N + R], latents [T, C + R]: rows may be strided. norm_weight [C]. cos, sin: tables [positions, R / 2] fp32.
     cache: one layer's view of the pool [num_blocks, block_size, width], numbers or FP8 records. positions, slots [T]
     int32; a slot is block * block_size + offset, and a negative one is nowhere: nothing is stored.
-    absorbed [B, H, C + R]: takes the roped part of the first B rows of q, whose own may stay as it was.
+    absorbed [B, H, C + R]: takes the roped part of the first B rows of q, too.
     """
     arguments = (q, latents, norm_weight, eps, positions, cos, sin, cache, slots, absorbed)
     if q.is_cuda:

@@ -116,8 +116,10 @@ def _mla_store(
         q_even = tl.load(at, mask=mask, other=0.0).to(tl.float32)
         q_odd = tl.load(at + 1, mask=mask, other=0.0).to(tl.float32)
         q_even, q_odd = _turn(q_even, q_odd, c[None, :], s[None, :])
-        if row < num_absorbed:
-            at = absorbed + (row * NUM_HEADS + head) * (LATENT + 2 * HALF) + LATENT + 2 * j[None, :]
+        tl.store(at, q_even.to(q.dtype.element_ty), mask=mask)
+        tl.store(at + 1, q_odd.to(q.dtype.element_ty), mask=mask)
+        at = absorbed + (row * NUM_HEADS + head) * (LATENT + 2 * HALF) + LATENT + 2 * j[None, :]
+        mask = mask & (row < num_absorbed)
         tl.store(at, q_even.to(q.dtype.element_ty), mask=mask)
         tl.store(at + 1, q_odd.to(q.dtype.element_ty), mask=mask)
     else:
