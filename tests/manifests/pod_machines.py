@@ -120,6 +120,11 @@ class Pods:
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             return None
 
+    def scraped(self, machine: Machine) -> list[str]:
+        """Names of the ports that answer a scraper."""
+        ports = machine.pod.named_ports.items()
+        return sorted(name for name, port in ports if name.endswith("metrics") and self.get(machine, port, "/metrics"))
+
     def until(self, what: str, condition: Callable[[], bool]) -> None:
         """Waits; shows what the pods have said if it takes too long, or one has ended."""
         deadline_s = time.monotonic() + _TIMEOUT_S
@@ -153,48 +158,56 @@ async def talk(target: str, token: str) -> int:
     return num_tokens
 
 
-def main() -> int:
-    """Entry point: plays an overlay through and prints what was seen."""
-    pods = Pods(sys.argv[1])
-    settings = pods.cluster.settings
-    assert isinstance(settings, Settings)
-    stores = [each.pod.name for each in pods.machines if not each.pod.is_ray]
-    pods.start(*stores)
-    pods.until("stores", lambda: all(pods.is_ready(each) for each in pods.machines if not each.pod.is_ray))
-    pods.start("headgroup")
-    pods.until("head", lambda: pods.is_ready(pods.of("headgroup")[0]))
-    pods.start(*(group["groupName"] for group in pods.cluster.groups))
-    config = json.dumps(pods.cluster.serve_config).encode()
+def bring_up(pods: Pods) -> None:
+    """Stores, head, groups, application: each when the one before is ready, as the operator and init containers do."""
     (head,) = pods.of("headgroup")
-    pods.until(
-        "deploy",
-        lambda: pods.get(head, 8265, "/api/serve/applications/", data=config, method="PUT") is not None,
-    )
-    pods.until("ready", lambda: all(pods.is_ready(each) for each in pods.machines))
-    token = yaml.safe_load(pods.secrets["antiphon-tenants"]["tokens.yaml"])["demo"]
+    stores = [each for each in pods.machines if not each.pod.is_ray]
+    pods.start(*{each.pod.name for each in stores})
+    pods.until("stores", lambda: all(map(pods.is_ready, stores)))
+    pods.start("headgroup")
+    pods.until("head", lambda: pods.is_ready(head))
+    pods.start(*(group["groupName"] for group in pods.cluster.groups))
+    config, path = json.dumps(pods.cluster.serve_config).encode(), "/api/serve/applications/"
+    pods.until("application", lambda: pods.get(head, 8265, path, data=config, method="PUT") is not None)
+    pods.until("readiness", lambda: deployments(pods) is not None and all(map(pods.is_ready, pods.machines)))
+
+
+def deployments(pods: Pods) -> dict[str, Any] | None:
+    """What Serve says about them; None while it says nothing. One that cannot start ends it all, with its own words."""
+    answer = pods.get(pods.of("headgroup")[0], 8265, "/api/serve/applications/")
+    application = json.loads(answer or "{}").get("applications", {}).get("antiphon")
+    if application is None:
+        return None
+    found: dict[str, Any] = application["deployments"]
+    if application["status"] == "DEPLOY_FAILED":
+        raise SystemExit("\n".join(f"{name}: {each['message'][-2000:]}" for name, each in found.items()))
+    return found
+
+
+def observe(pods: Pods, settings: Settings) -> dict[str, Any]:
+    """A conversation, and what the tests want to know afterwards."""
     (gateway,) = pods.of("gateway")
+    token = yaml.safe_load(pods.secrets["antiphon-tenants"]["tokens.yaml"])["demo"]
     num_tokens = asyncio.run(talk(f"{gateway.address}:{settings.gateway.port}", token))
-    status = json.loads(pods.get(head, 8265, "/api/serve/applications/") or "{}")
-    deployments = status["applications"]["antiphon"]["deployments"]
-    placed = {name: sorted(replica["node_ip"] for replica in each["replicas"]) for name, each in deployments.items()}
+    running = (deployments(pods) or {}).items()
+    placed = {name: sorted(each["node_ip"] for each in found["replicas"]) for name, found in running}
     hook = gateway.pod.main["lifecycle"]["preStop"]["exec"]["command"]
-    seen = {
+    return {
         "num_tokens": num_tokens,
         "placed": placed,
         "pods": {group: [each.address for each in pods.of(group)] for group in placed},
-        "metrics": {
-            each.name: sorted(
-                name
-                for name, port in each.pod.named_ports.items()
-                if name.endswith("metrics") and pods.get(each, port, "/metrics")
-            )
-            for each in pods.machines
-            if each.pod.is_ray
-        },
+        "metrics": {each.name: pods.scraped(each) for each in pods.machines if each.pod.is_ray},
         "drained": gateway.run(hook, pods.environment(gateway)),
-        "logged": {each.name: '"level": "INFO"' in each.log.read_text(errors="replace") for each in pods.of("decode")},
+        "logged": {each.name: '"level": "INFO"' in each.log.read_text(errors="replace") for each in pods.of("gateway")},
     }
-    print(json.dumps(seen))
+
+
+def main() -> int:
+    """Entry point: plays an overlay through and prints what was seen."""
+    pods = Pods(sys.argv[1])
+    assert pods.cluster.settings is not None
+    bring_up(pods)
+    print(json.dumps(observe(pods, pods.cluster.settings)))
     return 0
 
 
