@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Self
 
@@ -79,7 +80,8 @@ class AsyncClient:
                     has_begun = True
                     event = convert.event_from_proto(response)
                     if isinstance(event, Finished):
-                        await call.read()  # the call is over then, also for who leaves with this event
+                        with contextlib.suppress(grpc.RpcError):
+                            await call.read()  # the call is over then, also for who leaves with this event
                         yield event
                         return
                     if event is not None:

@@ -60,7 +60,9 @@ class DecodeClient:
                     raise Unavailable(f"message {response.seq} of the replica's stream came in place of {num_seen}")
                 num_seen += 1
                 if response.WhichOneof("event") == "finished":
-                    await self._next(call, request.call_id)  # the end of the stream: the replica has let go of the turn
+                    # The end of the stream: the replica has let go of the turn. Without it the turn has ended too.
+                    with contextlib.suppress(grpc.RpcError, Unavailable):
+                        await self._next(call, request.call_id)
                     yield response
                     return
                 yield response
