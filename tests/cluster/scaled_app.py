@@ -48,6 +48,7 @@ def cluster_of(spec: dict[str, Any]) -> Iterator[FakeNodeCluster]:
         )
         stack.enter_context(cluster)
         ray.init(address=cluster.address, _node_ip_address="127.0.0.1", log_to_driver=False, logging_level="ERROR")
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # Ray's own handler would leave the servers running
         stack.callback(ray.shutdown)
         yield cluster
 
@@ -88,7 +89,6 @@ def answer(command: str, cluster: FakeNodeCluster) -> Any:
 
 def main(spec: dict[str, Any]) -> None:
     """Until stdin ends, or SIGTERM."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with (
         session_store(Settings.from_mapping(spec["settings"], {})) as settings,
         cluster_of(spec) as cluster,
