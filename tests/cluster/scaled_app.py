@@ -2,7 +2,7 @@
 
     python -m tests.cluster.scaled_app '{"settings": {...}, "head": {...}, "workers": {...}, "gcs_redis": true}'
 
-Reads commands from stdin, a line each, and answers with a line of JSON each: `state`, `restart-gcs SECONDS`,
+Reads commands from stdin, a line each, and answers with a line of JSON each: `state`, `restart-gcs SECONDS`, `gcs-pid`,
 `decisions`. Ends, and stops everything, when stdin is closed. One process can only be in one Ray cluster, and the one
 that runs the tests may be in another.
 """
@@ -83,6 +83,8 @@ def answer(command: str, cluster: FakeNodeCluster) -> Any:
         thread = threading.Thread(target=restart, args=(cluster.control_service(), float(argument)))
         thread.start()
         return {}
+    if name == "gcs-pid":
+        return cluster.control_service().pid
     assert name == "decisions"
     return decisions(cluster)
 

@@ -197,12 +197,13 @@ async def test_control_service_killed_and_restarted_under_load_fails_nothing(
     app: ScaledApp, local: LocalPipeline
 ) -> None:
     async with client_of(app.serving) as client:
-        before = app.ask("state")
+        before, pid = app.ask("state"), app.ask("gcs-pid")
         load = OpenLoop(client, SCRIPTS, WORDS, pause_s=1.0)
         await load.run(0.5, asyncio.sleep(2))
         app.ask("restart-gcs 8")
         await load.run(0.5, asyncio.sleep(14))
         conversations = await load.ended()
+        assert app.ask("gcs-pid") != pid
         after = (await app.until(lambda state: state["replicas"]["gateway"] == 1, 60))[-1]
     assert {name: after["replicas"][name] for name in ("gateway", "tokenizer", "prefill")} == {
         name: before["replicas"][name] for name in ("gateway", "tokenizer", "prefill")
