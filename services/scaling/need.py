@@ -62,8 +62,9 @@ def _decode(replicas: Sequence[WorkerLoad], settings: AutoscalingSettings) -> di
         return {}
     blocks_of_one = statistics.mean(each.num_blocks for each in replicas)
     signals = {"kv": sum(each.num_used_blocks for each in replicas) / (blocks_of_one * settings.max_kv_usage)}
-    rate = median_rate([each.decode_tokens_per_s for each in replicas])
-    if rate is not None:
+    # The largest: the others may have had fewer sequences in a step, not less speed.
+    rate = max((each.decode_tokens_per_s or 0.0 for each in replicas), default=0.0)
+    if rate:
         # n sequences at a rate of r tokens a second together see a token every n / r seconds.
         num_sequences = sum(each.num_sequences for each in replicas)
         # A replica more than there are sequences would make none of them faster.

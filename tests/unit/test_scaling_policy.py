@@ -133,6 +133,11 @@ def test_one_slow_sequence_is_not_made_faster_by_another_replica() -> None:
     assert ScalingPolicy(SETTINGS).decide(at(0.0, spread(1), slow))[Kind.DECODE].target == 2
 
 
+def test_a_replica_that_ran_alone_and_slowly_says_nothing_of_what_one_can_do() -> None:
+    replicas = [worker("a", num_running=9), worker("b", num_running=1, decode_tokens_per_s=20.0)]
+    assert ScalingPolicy(SETTINGS).decide(at(0.0, spread(1), replicas))[Kind.DECODE].target == 2
+
+
 def test_what_a_draining_replica_still_runs_asks_for_no_other() -> None:
     draining = worker("b", num_running=50, num_free_blocks=0, is_draining=True)
     snapshot = Snapshot(0.0, {Kind.DECODE: 1}, decode=[worker(), draining])
