@@ -50,7 +50,10 @@ class FusedRunner:
 
     @torch.inference_mode()
     def measure(self, max_num_tokens: int) -> int:
-        """Most bytes that steps take besides weights and cache, found by running the largest ones. Stores nothing."""
+        """Most bytes that steps take besides weights and cache, found by running the largest ones. Stores nothing.
+
+        Compiles what steps launch one by one.
+        """
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)

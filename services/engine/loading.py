@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -96,12 +95,12 @@ def _runner(
 ) -> Runner | FusedRunner:
     dtype = network.model.embed_tokens.weight.dtype
     if device.type != "cuda" or layout.cache_mode == "naive":
-        cache = _cache(layout, _num_blocks(engine, layout, device, lambda: _STEP_BYTES), device, dtype)
+        cache = _cache(layout, _num_blocks(engine, layout, device, _STEP_BYTES), device, dtype)
         return Runner(network, cache, max_seq_len, device)
     cache = _cache(layout, 1, device, dtype)
     runner = FusedRunner(network, cache, max_seq_len, engine.max_num_sequences, device)
-    num_blocks = _num_blocks(engine, layout, device, lambda: runner.measure(engine.max_num_batched_tokens))
-    _resize(cache, num_blocks, device)
+    step_bytes = runner.measure(engine.max_num_batched_tokens)
+    _resize(cache, _num_blocks(engine, layout, device, step_bytes), device)
     if engine.cuda_graphs:
         started_s = time.perf_counter()
         num_graphs = runner.capture_graphs(engine.max_num_batched_tokens)
@@ -146,13 +145,13 @@ def _resize(cache: KVCache, num_blocks: int, device: torch.device) -> None:
         ) from error
 
 
-def _num_blocks(engine: EngineSettings, layout: KVLayout, device: torch.device, step_bytes: Callable[[], int]) -> int:
-    """step_bytes: what steps take besides, where it matters."""
+def _num_blocks(engine: EngineSettings, layout: KVLayout, device: torch.device, step_bytes: int) -> int:
+    """step_bytes: what steps take besides."""
     if engine.num_blocks is not None:
         return engine.num_blocks
     budget = engine.kv_cache_bytes
     if budget is None and device.type == "cuda":
-        budget = -step_bytes() - _GPU_SPARE_BYTES
+        budget = -step_bytes - _GPU_SPARE_BYTES
         free, total = torch.cuda.mem_get_info(device)
         # Its own share of the whole: what other replicas of this GPU take is theirs, unless little is left.
         share = engine.memory_fraction * total - torch.cuda.memory_reserved(device)

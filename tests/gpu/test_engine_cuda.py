@@ -100,27 +100,28 @@ def test_logits_are_those_of_the_cpu(name: str, cache_mode: str, chunk: int) -> 
     assert float(error_of(ours, reference).max()) < 1e-4
 
 
-@pytest.mark.parametrize(("name", "kv_dtype"), [("v2lite", "auto"), ("v3", "auto"), ("v3_fp8", "fp8")])
-def test_bf16_logits_are_close_to_fp32(name: str, kv_dtype: str) -> None:
+@pytest.mark.parametrize("name", ["v2lite", "v3"])
+def test_bf16_logits_are_close_to_fp32(name: str) -> None:
     asked = prompts([200, 31, 90])
-    ours = logits_of(engine_of(name, "cuda", dtype="bfloat16", kv_dtype=kv_dtype, max_num_batched_tokens=64), asked)
+    ours = logits_of(engine_of(name, "cuda", dtype="bfloat16", max_num_batched_tokens=64), asked)
     reference = logits_of(engine_of(name, "cpu"), asked)
     assert float(error_of(ours, reference).median()) < 0.08
 
 
 @pytest.mark.parametrize("chunk", [16, 300])
-def test_fp8_cache_gives_the_logits_of_the_references(chunk: int) -> None:
-    """FP8 weights and cache: against the same forward pass on a CPU, by the kernels' plain references."""
+def test_fp8_cache_gives_the_logits_of_the_cpu(chunk: int) -> None:
+    """The weights dequantised, so that what differs is what the cache holds."""
     asked = prompts([70, 1, 33, 150])
-    ours = engine_of("v3_fp8", "cuda", kv_dtype="fp8", max_num_batched_tokens=chunk)
-    config, cpu = ModelConfig.from_folder(CHECKPOINTS / "v3_fp8"), torch.device("cpu")
-    model = DeepseekForCausalLM(config, torch.float32, cpu, keeps_fp8=True)
+    config, cuda = ModelConfig.from_folder(CHECKPOINTS / "v3_fp8"), torch.device("cuda")
+    model = DeepseekForCausalLM(config, torch.float32, cuda)
     load_weights(model, CHECKPOINTS / "v3_fp8")
-    cache = KVCache(KVLayout.of(config, "absorb", "fp8", 16), 256, cpu, torch.float32)
+    cache = KVCache(KVLayout.of(config, "absorb", "fp8", 16), 256, cuda, torch.float32)
     scheduler = Scheduler(SchedulerConfig(chunk, 16, 512, 16), BlockPool(256, 16))
-    reference = Engine(FusedRunner(model, cache, 512, 16, cpu), scheduler, config.eos_token_ids)
-    # A latent or an activation between two steps of e4m3 may fall to either.
-    assert float(error_of(logits_of(ours, asked), logits_of(reference, asked)).median()) < 3e-2
+    ours = Engine(FusedRunner(model, cache, 512, 16, cuda), scheduler, config.eos_token_ids)
+    reference = engine_of("v3_fp8", "cpu", kv_dtype="fp8", max_num_batched_tokens=chunk)
+    # A latent between two steps of e4m3 may fall to either.
+    error = error_of(logits_of(ours, asked), logits_of(reference, asked))
+    assert float(error.median()) < 2e-2, error.median()
 
 
 @pytest.mark.parametrize("chunk", [16, 300])

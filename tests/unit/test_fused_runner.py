@@ -10,7 +10,9 @@ from services.engine.block_pool import BlockPool
 from services.engine.config import ModelConfig
 from services.engine.engine import Engine, EngineRequest
 from services.engine.fused_runner import FusedRunner
+from services.engine.kernels.draw_tokens import draw_tokens
 from services.engine.kv_cache import KVCache, KVLayout
+from services.engine.largest_steps import draws_of_all_kinds, largest_steps
 from services.engine.model import DeepseekForCausalLM
 from services.engine.runner import Runner
 from services.engine.scheduler import Scheduler, SchedulerConfig
@@ -108,3 +110,19 @@ def test_fp8_cache_gives_the_logits_of_the_plain_runner() -> None:
             engine.step()
         logits.append(torch.cat([rows[key] for key in sorted(rows)]))
     assert (logits[0] - logits[1]).norm() / logits[0].norm() < 2e-2
+
+
+@pytest.mark.parametrize(("name", "kv_dtype"), [("v2", "float32"), ("fp8", "fp8")])
+@pytest.mark.parametrize("max_num_tokens", [4, 50])
+def test_steps_made_up_to_be_measured_store_nothing(name: str, kv_dtype: str, max_num_tokens: int) -> None:
+    engine = engine_of(CONFIGS[name], is_fused=True, kv_dtype=kv_dtype)
+    runner = engine._runner
+    assert isinstance(runner, FusedRunner)
+    sizes = []
+    with torch.inference_mode():
+        for step in largest_steps(max_num_tokens, 4, runner.cache, CPU):
+            logits = runner._fused(step, runner._sampled_ids)
+            draw_tokens(logits, draws_of_all_kinds(logits), runner._sampled_ids[: len(logits)])
+            sizes.append((len(step.token_ids), len(logits)))
+    assert sizes[1:] == [(max_num_tokens, 4), (4, 4)]
+    assert not runner.cache.pool.any()

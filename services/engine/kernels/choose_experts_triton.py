@@ -37,8 +37,8 @@ def choose_experts_triton(
         ids,
         weights,
         num_tokens,
+        logits.shape[0],
         routing.factor,
-        SPLITS=logits.shape[0],
         EXPERTS=num_experts,
         CHOSEN=routing.num_chosen,
         IS_SIGMOID=routing.is_sigmoid,
@@ -95,7 +95,7 @@ def _one_row(x, weight, logits, SIZE: tl.constexpr, BLOCK_D: tl.constexpr):
     tl.store(logits + expert, tl.sum(acc, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "steps_a_split"])
 def _few_rows(
     x,
     weight,
@@ -125,15 +125,15 @@ def _few_rows(
     tl.store(logits + at, acc, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_splits"])
 def _choose(
     logits,
     bias,
     ids,
     weights,
     num_tokens,
+    num_splits,
     factor,
-    SPLITS: tl.constexpr,
     EXPERTS: tl.constexpr,
     CHOSEN: tl.constexpr,
     IS_SIGMOID: tl.constexpr,
@@ -149,9 +149,9 @@ def _choose(
     row = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, EXPERTS_POW2)
     is_expert = e < EXPERTS
-    s = tl.arange(0, SPLITS)[:, None]
-    parts = tl.load(logits + (s * num_tokens + row) * EXPERTS + e[None, :], mask=is_expert[None, :], other=0.0)
-    logit = tl.where(is_expert, tl.sum(parts, 0), float("-inf"))
+    logit = tl.load(logits + row * EXPERTS + e, mask=is_expert, other=float("-inf"))
+    for split in range(1, num_splits):
+        logit += tl.load(logits + (split * num_tokens + row) * EXPERTS + e, mask=is_expert, other=0.0)
     if IS_SIGMOID:
         score = tl.sigmoid(logit)
     else:

@@ -118,7 +118,7 @@ def _quantize_tile(x, ROUNDS: tl.constexpr):
     return tl.clamp(quantized, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv), scales
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _quantize(x, quantized, scales, num_tokens, num_channels, row_stride, ROUNDS: tl.constexpr, BLOCK_M: tl.constexpr):
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     block = tl.program_id(1)
@@ -130,7 +130,7 @@ def _quantize(x, quantized, scales, num_tokens, num_channels, row_stride, ROUNDS
     tl.store(scales + rows.to(tl.int64) * tl.num_programs(1) + block, row_scales, mask=rows < num_tokens)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "blocks_per_split"])
 def _multiply(
     x,
     x_scales,
@@ -173,7 +173,7 @@ def _multiply(
     tl.store(out_at, acc.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_numbers", "num_splits"])
 def _sum_splits(partial, out, num_numbers, num_splits, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros([BLOCK], tl.float32)

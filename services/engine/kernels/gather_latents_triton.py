@@ -46,7 +46,7 @@ def gather_latents_triton(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _gather(
     cache,
     cache_scales,

@@ -39,7 +39,7 @@ def _one_row(
     k = tl.arange(0, BLOCK_K)
     at = weight + n[:, None].to(tl.int64) * weight_stride + k[None, :]
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    for start in tl.range(0, SIZE, BLOCK_K):
+    for start in tl.static_range(0, SIZE, BLOCK_K):
         mask = (n[:, None] < num_outputs) & (start + k[None, :] < SIZE)
         w = tl.load(at + start, mask=mask, other=0.0).to(tl.float32)
         acc += w * tl.load(x + start + k, mask=start + k < SIZE, other=0.0).to(tl.float32)[None, :]

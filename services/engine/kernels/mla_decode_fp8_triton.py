@@ -53,7 +53,7 @@ def _load_q(q_at, q_mask, w, PLANE: tl.constexpr, LATENT: tl.constexpr):
     return tl.load(q_at + 4 * w[None, :] + PLANE, mask=q_mask & (w[None, :] < LATENT // 4), other=0.0).to(tl.bfloat16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_workers", "table_stride"])
 def attend_fp8(
     q,
     latents,

@@ -47,7 +47,7 @@ def block_ids(table, token, last, tokens, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.
     return block.to(tl.int64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_workers"])
 def merge(
     partial,
     lse,

@@ -113,7 +113,7 @@ def _num_sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_workers", "table_stride"])
 def _attend(
     q,
     cache,

@@ -84,8 +84,9 @@ def mla_prefill_triton(
         k.stride(1),
         v.stride(1),
         len(tiles),
+        heads_at_once,
+        num_parts,
         NUM_HEADS=num_heads,
-        HEADS_AT_ONCE=heads_at_once,
         NOPE=nope,
         ROPE=rope,
         WIDTH_A=width_a,
@@ -94,7 +95,7 @@ def mla_prefill_triton(
         VALUE_POW2=value_pow2,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
-        PARTS=num_parts,
+        IS_SPLIT=num_parts > 1,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
@@ -104,11 +105,11 @@ def mla_prefill_triton(
             lse,
             out,
             num_queries,
+            num_parts,
             NUM_HEADS=num_heads,
             VALUE=value_dim,
             VALUE_POW2=value_pow2,
-            PARTS=num_parts,
-            PARTS_POW2=triton.next_power_of_2(num_parts),
+            MAX_PARTS=MAX_PARTS,
             num_warps=1,
         )
     return out
@@ -154,7 +155,7 @@ def _step(
     scale_log2,
     BLOCK_N: tl.constexpr,
     IS_MASKED: tl.constexpr,
-    PARTS: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
 ):
     """BLOCK_N keys, from `key` on. `last_key` [queries] is the last one each may see, `end_key` the end of them all."""
     k_a = k_a_columns.load([key, k_column])
@@ -170,7 +171,7 @@ def _step(
         v = tl.where(keys[:, None] < end_key, v, 0.0)
     new_top = tl.maximum(top, tl.max(score, 1))
     reference = new_top
-    if IS_MASKED and PARTS > 1:  # a query may see nothing of a part
+    if IS_MASKED and IS_SPLIT:  # a query may see nothing of a part
         reference = tl.where(new_top == float("-inf"), 0.0, new_top)
     weight = tl.exp2(score - reference[:, None])
     shrink = tl.exp2(top - reference)
@@ -179,7 +180,7 @@ def _step(
     return acc, new_top, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_queries", "num_tiles", "heads_at_once", "num_parts"])
 def _attend(
     q_a_columns,
     q_b_columns,
@@ -195,8 +196,9 @@ def _attend(
     k_head_stride,
     v_head_stride,
     num_tiles,
+    heads_at_once,
+    num_parts,
     NUM_HEADS: tl.constexpr,
-    HEADS_AT_ONCE: tl.constexpr,
     NOPE: tl.constexpr,
     ROPE: tl.constexpr,
     WIDTH_A: tl.constexpr,
@@ -205,11 +207,11 @@ def _attend(
     VALUE_POW2: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    PARTS: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
 ):
     """One tile of queries of one head, over one part of its keys."""
-    first_head = tl.program_id(0) // (HEADS_AT_ONCE * num_tiles) * HEADS_AT_ONCE
-    num_heads = tl.minimum(HEADS_AT_ONCE, NUM_HEADS - first_head)
+    first_head = tl.program_id(0) // (heads_at_once * num_tiles) * heads_at_once
+    num_heads = tl.minimum(heads_at_once, NUM_HEADS - first_head)
     place = tl.program_id(0) - first_head * num_tiles
     head = first_head + place % num_heads
     tile = tiles + place // num_heads * 4
@@ -222,8 +224,8 @@ def _attend(
     # Whole steps that every query of the tile may see need no mask.
     end_unmasked = first_key + (first_query + shift + 1 - first_key) // BLOCK_N * BLOCK_N
     stop = end_key
-    if PARTS > 1:
-        part_len = tl.cdiv(tl.cdiv(end_key - first_key, BLOCK_N), PARTS) * BLOCK_N
+    if IS_SPLIT:
+        part_len = tl.cdiv(tl.cdiv(end_key - first_key, BLOCK_N), num_parts) * BLOCK_N
         first_key += tl.program_id(1) * part_len
         stop = tl.minimum(first_key + part_len, end_key)
         end_unmasked = tl.maximum(tl.minimum(end_unmasked, stop), first_key)
@@ -243,14 +245,14 @@ def _attend(
     for key in range(first_key, end_unmasked, BLOCK_N):
         acc, top, total = _step(
             acc, top, total, q_a, q_b, k_a_columns, k_b_columns, v_columns, key, k_column, v_column,
-            queries + shift, end_key, scale_log2, BLOCK_N, False, PARTS,
+            queries + shift, end_key, scale_log2, BLOCK_N, False, IS_SPLIT,
         )  # fmt: skip
     for key in range(end_unmasked, stop, BLOCK_N):
         acc, top, total = _step(
             acc, top, total, q_a, q_b, k_a_columns, k_b_columns, v_columns, key, k_column, v_column,
-            queries + shift, end_key, scale_log2, BLOCK_N, True, PARTS,
+            queries + shift, end_key, scale_log2, BLOCK_N, True, IS_SPLIT,
         )  # fmt: skip
-    if PARTS > 1:
+    if IS_SPLIT:
         row = tl.program_id(1).to(tl.int64) * num_queries + queries
         tl.store(lse + row * NUM_HEADS + head, top + tl.log2(total), mask=queries < end_query)
         total = tl.where(total > 0.0, total, 1.0)
@@ -262,27 +264,27 @@ def _attend(
     tl.store(out_at, (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_queries", "num_parts"])
 def _merge(
     partial,
     lse,
     out,
     num_queries,
+    num_parts,
     NUM_HEADS: tl.constexpr,
     VALUE: tl.constexpr,
     VALUE_POW2: tl.constexpr,
-    PARTS: tl.constexpr,
-    PARTS_POW2: tl.constexpr,
+    MAX_PARTS: tl.constexpr,
 ):
     """The parts of one query and head, by their log-sum-exp (-inf for one that it sees nothing of)."""
     query = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
-    p = tl.arange(0, PARTS_POW2)
+    p = tl.arange(0, MAX_PARTS)
     values = tl.arange(0, VALUE_POW2)
     at = (p.to(tl.int64) * num_queries + query) * NUM_HEADS + head
-    weight = tl.load(lse + at, mask=p < PARTS, other=float("-inf"))
+    weight = tl.load(lse + at, mask=p < num_parts, other=float("-inf"))
     weight = tl.exp2(weight - tl.max(weight, 0))
-    mask = (p[:, None] < PARTS) & (values[None, :] < VALUE)
+    mask = (p[:, None] < num_parts) & (values[None, :] < VALUE)
     parts = tl.load(partial + at[:, None] * VALUE + values[None, :], mask=mask, other=0.0)
     merged = tl.sum(parts * weight[:, None], 0) / tl.sum(weight, 0)
     out_at = out + (query * NUM_HEADS + head) * VALUE + values

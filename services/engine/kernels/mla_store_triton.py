@@ -72,7 +72,7 @@ def _turn(even, odd, c, s):
     return even * c - odd * s, odd * c + even * s
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_absorbed"])
 def _mla_store(
     q,
     latents,

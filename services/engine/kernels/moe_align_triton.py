@@ -90,7 +90,7 @@ def _deal(counts, starts, cursors, num_blocks, experts, HEIGHT: tl.constexpr, EX
         tl.store(experts + first + block, expert, mask=block < heights)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_assignments"])
 def _align(
     ids,
     counts,
@@ -114,7 +114,7 @@ def _align(
     tl.store(assignments + position, at, mask=is_valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_assignments"])
 def _count(ids, counts, num_assignments, EXPERTS: tl.constexpr, CHUNK: tl.constexpr):
     at = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     _, _, histogram = _histogram(ids, at, num_assignments, EXPERTS)
@@ -126,7 +126,7 @@ def _plan(counts, starts, cursors, num_blocks, experts, HEIGHT: tl.constexpr, EX
     _deal(tl.load(counts + tl.arange(0, EXPERTS)), starts, cursors, num_blocks, experts, HEIGHT, EXPERTS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_assignments"])
 def _place(ids, cursors, assignments, num_assignments, CHUNK: tl.constexpr):
     at = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     is_valid = at < num_assignments

@@ -137,7 +137,7 @@ def _grouped(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_blocks"])
 def _multiply(
     x,
     x_scales,
