@@ -1,6 +1,6 @@
 """How close the whole engine comes to what the card can do, and to transformers on the same weights.
 
-    python -m tests.bench.engine [--only steps prefill turns latency kv experts peer] [--out FOLDER]
+    python -m tests.bench.engine [--only steps prefill turns latency kv peer experts compiled] [--out FOLDER]
 
 Measures the card's copy and matrix rates first. The model has the shape of a published config.json (DeepSeek-V2-Lite;
 DeepSeek-V3 with four layers) and random weights. Contexts are not computed: their blocks are reserved, declared arrived
@@ -8,7 +8,7 @@ and filled with random numbers. Every row is a median of engine steps on the hos
 reading the tokens included, beside its limit: bytes of the weights and latents that a step has to read over the copy
 rate, or operations over the matrix rate. The experts that a step reads are counted, not assumed. Before anything is
 timed the graphs' logits are compared with those of the same step launched kernel by kernel. Writes
-tests/bench/results/engine-CARD.json after each part.
+tests/bench/results/engine-CARD.json after each row.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ from tests.bench.kernels import RESULTS, Rates, measure_rates
 from tests.kernel_inputs import relative_error
 
 CONFIGS = Path(__file__).parents[1] / "data/configs"
-PARTS = ("steps", "prefill", "turns", "latency", "kv", "experts", "peer")
+# In this order: a part may use what one before it has loaded.
+PARTS = ("steps", "prefill", "turns", "latency", "kv", "peer", "experts", "compiled")
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
 _seeds = itertools.count()
 
@@ -190,16 +191,20 @@ class Bench:
     def __init__(self, rates: Rates) -> None:
         self.rates = rates
         self._engine: Engine | None = None
+        self._weights: Engine | None = None  # the last 16B engine, whatever its cache
+        self._peer: Peer | None = None
+        self._rate_of: dict[int, float] = {}  # tokens/s at 1024 tokens of context, by batch
 
     def lite(self) -> Engine:
         """The 16B model in bf16; one for all parts that want it."""
         if self._engine is None:
             self._engine = load("deepseek-v2-lite", max_num_sequences=256, max_num_batched_tokens=8192)
             check(self._engine)
+            self._weights = self._engine
         return self._engine
 
     def forget(self) -> None:
-        self._engine = None
+        self._engine = self._weights = None
 
     def decode(self, engine: Engine, name: str, batch: int, context: int, goal: float, **kwargs: Any) -> Row:
         ms = step_ms(engine, batch, context, **kwargs)
@@ -212,7 +217,10 @@ class Bench:
 
     def steps(self) -> Iterator[Row]:
         for batch, context, goal in ((1, 1024, 0.6), (32, 1024, 0.6), (64, 4096, 0.65), (256, 2048, 0.6)):
-            yield self.decode(self.lite(), "16B decode", batch, context, goal)
+            row = self.decode(self.lite(), "16B decode", batch, context, goal)
+            if context == 1024:
+                self._rate_of[batch] = row.value
+            yield row
 
     def prefill(self) -> Iterator[Row]:
         engine = self.lite()
@@ -252,6 +260,7 @@ class Bench:
         engine = load(
             "deepseek-v2-lite", kv_dtype="fp8", max_num_sequences=64, max_num_batched_tokens=2048, memory_fraction=0.92
         )
+        self._weights = engine
         packed = self.decode(engine, "16B, FP8 KV", 64, 32_768, 0.6, num_shared=2, steps=15)
         yield from (plain, packed)
         ratio = packed.value / plain.value
@@ -260,23 +269,39 @@ class Bench:
         note = f"by the limits {packed.limit / plain.limit:.2f}"
         yield Row("16B, FP8 KV against bf16 KV", ratio, "x", None, ratio, 1.5, note)
 
+    def peer(self) -> Iterator[Row]:
+        """transformers with a static cache, launched one by one and as a CUDA graph: the faster one."""
+        for batch in (1, 32):
+            if batch not in self._rate_of:
+                self._rate_of[batch] = self.decode(self.lite(), "16B decode", batch, 1024, 0.6).value
+        engine = self._weights or self.lite()
+        self._peer = Peer(engine, CONFIGS / "deepseek-v2-lite.json")
+        yield from self._against(self._peer)
+
+    def compiled(self) -> Iterator[Row]:
+        """The same with torch.compile."""
+        if self._peer is None:
+            list(self.peer())
+        assert self._peer is not None
+        self._peer.compile()
+        yield from self._against(self._peer)
+
+    def _against(self, peer: Peer) -> Iterator[Row]:
+        for batch, goal in ((1, 4.0), (32, 10.0)):
+            rate, how = peer.tokens_per_s(batch, 1024)
+            ratio = self._rate_of[batch] / rate
+            note = f"{self._rate_of[batch]:.0f} against {rate:.0f} tokens/s; {how}"
+            yield Row(f"16B decode, batch {batch}, against transformers", ratio, "x", None, ratio, goal, note)
+
     def experts(self) -> Iterator[Row]:
         self.forget()
         layers = {"num_hidden_layers": 4, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0}
-        engine = load("deepseek-v3", layers, max_num_sequences=128, max_num_batched_tokens=2048)
+        engine = load(
+            "deepseek-v3", layers, max_num_sequences=128, max_num_batched_tokens=2048, kv_cache_bytes=2 * 2**30
+        )
         check(engine)
         for batch in (1, 32, 128):
             yield self.decode(engine, "V3 shape, 4 layers, FP8", batch, 1024, 0.6)
-
-    def peer(self) -> Iterator[Row]:
-        engine = self.lite()
-        ours = {batch: self.decode(engine, "16B decode", batch, 1024, 0.6).value for batch in (1, 32)}
-        peer = Peer(engine, CONFIGS / "deepseek-v2-lite.json")
-        for batch, goal in ((1, 4.0), (32, 10.0)):
-            rate, how = peer.tokens_per_s(batch, 1024)
-            ratio = ours[batch] / rate
-            yield Row(f"16B decode, batch {batch}, against transformers", ratio, "x", None, ratio, goal,
-                      f"{ours[batch]:.0f} against {rate:.0f} tokens/s; {how}")  # fmt: skip
 
 
 def first_token_ms(engine: Engine, tokens: list[int]) -> float:
@@ -334,14 +359,14 @@ def main() -> None:
     rates = measure_rates()
     print(f"copy {rates.copy / 1e12:.2f} TB/s; TFLOP/s: {rates.bfloat16 / 1e12:.0f} bf16, {rates.fp8 / 1e12:.0f} fp8")
     bench, rows = Bench(rates), []
-    for part in sorted(arguments.only, key=("steps", "prefill", "turns", "latency", "peer", "kv", "experts").index):
+    for part in sorted(arguments.only, key=PARTS.index):
         run_part: Callable[[], Iterator[Row]] = getattr(bench, part)
         for row in run_part():
             rows.append(row)
             limit = f"limit {row.limit:9.1f}" if row.limit is not None else " " * 15
             verdict = f"goal {row.goal:<5} {'reached' if row.is_reached else 'NOT reached'}  {row.note}"
             print(f"{row.what:78} {row.value:9.1f} {row.unit:9} {limit}  {row.fraction:6.3f} {verdict}", flush=True)
-        write(arguments.out, rates, rows)
+            write(arguments.out, rates, rows)
 
 
 def write(folder: Path, rates: Rates, rows: list[Row]) -> None:

@@ -63,6 +63,8 @@ def mla_store_reference(
     kept = slots >= 0
     slots = slots[kept].long()
     rows = latents[kept]
+    if not len(rows):
+        return
     if cache.dtype == torch.uint8:
         rows = pack_latents(rows, rank)
     cache[slots // cache.shape[1], slots % cache.shape[1]] = rows.to(cache.dtype)
