@@ -17,7 +17,7 @@ from services.common.settings import Settings
 from services.engine.engine import Engine
 from services.engine.scheduler import Chunk
 
-STEP_S, SEQUENCE_S, PROMPT_TOKEN_S = 0.04, 0.005, 1 / 600
+STEP_S, SEQUENCE_S, PROMPT_TOKEN_S = 0.04, 0.005, 1 / 2000
 IMPORT_PATH = "tests.bench.paced_app:application"
 
 
