@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -376,7 +377,8 @@ async def test_a_prefill_replica_killed_in_mid_call_costs_time_only(cluster: Clu
     assert reply.token_ids == _expected(oracle, prompt)
     assert reply.place is PrefillPlace.DECODE
     assert reply.finished is not None
-    assert "UNAVAILABLE" in reply.finished.prefill_reason
+    # Lost in mid-call, or before it had taken the call: then nobody is there to take it.
+    assert re.search(r"asked and failed \((UNAVAILABLE|EXHAUSTED)\)", reply.finished.prefill_reason)
     await cluster.ready()
     await cluster.until_idle()
 
