@@ -289,7 +289,7 @@ class Bench:
     def _against(self, peer: Peer) -> Iterator[Row]:
         for batch, goal in ((1, 4.0), (32, 10.0)):
             rate, how = peer.tokens_per_s(batch, 1024)
-            ratio = self._rate_of[batch] / rate
+            ratio = self._rate_of[batch] / rate if rate else float("nan")
             note = f"{self._rate_of[batch]:.0f} against {rate:.0f} tokens/s; {how}"
             yield Row(f"16B decode, batch {batch}, against transformers", ratio, "x", None, ratio, goal, note)
 
