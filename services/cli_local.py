@@ -133,13 +133,10 @@ def show_plan(model: str, memory: str, max_seq_len: int | None, dtype: str, bloc
     result = plan(
         config, parse_bytes(memory, "--gpu-memory"), number_format, block_size=block_size, max_seq_len=max_seq_len
     )
-    weights = ("FP8 where the checkpoint has it, else " if config.is_fp8 else "") + str(number_format).removeprefix(
-        "torch."
-    )
+    weights = ("FP8 and " if config.is_fp8 else "") + str(number_format).removeprefix("torch.")
     console.print(
         f"{result.num_parameters / 1e9:,.2f} B parameters, {_gib(result.weight_bytes)} of weights as {weights};"
-        f" {_gib(max(0, result.left_bytes))} left for the KV cache"
-        f" of {memory}, 2 GiB kept free",
+        f" {_gib(max(0, result.left_bytes))} left for the KV cache of {memory}",
         highlight=False,
         soft_wrap=True,
     )
