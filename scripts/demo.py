@@ -21,7 +21,7 @@ from services.cli_options import SamplingOptions
 from services.client import Client, Session
 from services.cluster_cli import Stages, ready_panel
 from services.common.errors import AntiphonError
-from services.common.messages import SamplingParams
+from services.common.sampling import SamplingParams
 from services.common.settings import Settings
 from services.ray_environment import prepare_environment
 from services.remote_chat import chat_remote, show_turn, summary

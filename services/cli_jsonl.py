@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from services.common.errors import AntiphonError, InvalidRequest
-from services.common.messages import Delta, Finished, Message, SamplingParams
+from services.common.messages import Delta, Finished, Message
+from services.common.sampling import SamplingParams
 from services.local import LocalPipeline, LocalRequest
 from services.text.chat_template import ROLES, ChatEncoder
 

@@ -14,7 +14,8 @@ from rich.table import Table
 
 from services.cli_options import LoadOptions, SamplingOptions
 from services.common.errors import InvalidRequest, InvalidSettings
-from services.common.messages import Delta, Finished, Message, SamplingParams
+from services.common.messages import Delta, Finished, Message
+from services.common.sampling import SamplingParams
 from services.common.settings import EngineSettings, ModelSettings
 from services.engine.config import ModelConfig
 from services.engine.hub import resolve_model

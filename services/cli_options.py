@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from services.common.errors import InvalidRequest
-from services.common.messages import SamplingParams
+from services.common.sampling import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)

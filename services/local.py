@@ -24,16 +24,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from services.common.errors import AntiphonError, InvalidCheckpoint, InvalidRequest, QueueFull
-from services.common.messages import (
-    Delta,
-    Finished,
-    FinishReason,
-    Message,
-    SamplingParams,
-    Timings,
-    TokenLogprobs,
-    Usage,
-)
+from services.common.messages import Delta, Finished, Message, Timings, Usage
+from services.common.sampling import FinishReason, SamplingParams, TokenLogprobs
 from services.common.settings import EngineSettings, ModelSettings
 from services.engine.engine import Engine, EngineOutput, EngineRequest
 from services.engine.hub import resolve_model

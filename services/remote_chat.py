@@ -10,15 +10,8 @@ from typing import TextIO
 from services.cli_options import SamplingOptions
 from services.client import Client, Session
 from services.common.errors import AntiphonError
-from services.common.messages import (
-    Delta,
-    Finished,
-    KvSource,
-    Message,
-    SamplingParams,
-    Started,
-    TurnEvent,
-)
+from services.common.messages import Delta, Finished, KvSource, Message, Started, TurnEvent
+from services.common.sampling import SamplingParams
 from services.terminal_text import shown
 
 NOTHING_GIVEN = SamplingOptions()

@@ -13,7 +13,8 @@ event is tried again, but only under an idempotency key (Session.chat makes one)
 from services.client.aio import AsyncClient, AsyncSession
 from services.client.calls import ClientTls, Input
 from services.client.sync import Client, Session
-from services.common.messages import Delta, Finished, Message, SamplingParams, Started
+from services.common.messages import Delta, Finished, Message, Started
+from services.common.sampling import SamplingParams
 
 __all__ = [
     "AsyncClient",

@@ -12,16 +12,8 @@ import grpc
 from services.client import calls
 from services.client.calls import ClientTls, Input, Reply, Unary
 from services.common.errors import NotFound
-from services.common.messages import (
-    Explanation,
-    Finished,
-    Message,
-    ModelInfo,
-    SamplingParams,
-    SessionInfo,
-    SessionPage,
-    TurnEvent,
-)
+from services.common.messages import Explanation, Finished, Message, ModelInfo, SessionInfo, SessionPage, TurnEvent
+from services.common.sampling import SamplingParams
 from services.gateway import convert
 from services.gateway.status import error_from_rpc
 from services.pb.antiphon.v1 import chat_service_pb2_grpc

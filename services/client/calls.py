@@ -14,15 +14,8 @@ from google.protobuf.message import Message as ProtoMessage
 from grpc_health.v1 import health_pb2
 
 from services.common.errors import AntiphonError, SessionBusy, Unavailable
-from services.common.messages import (
-    Explanation,
-    Message,
-    ModelInfo,
-    SamplingParams,
-    SessionInfo,
-    SessionPage,
-    TurnRequest,
-)
+from services.common.messages import Explanation, Message, ModelInfo, SessionInfo, SessionPage, TurnRequest
+from services.common.sampling import SamplingParams
 from services.gateway import convert, convert_sessions
 from services.pb.antiphon.v1 import chat_service_pb2 as chat
 from services.pb.antiphon.v1 import session_service_pb2 as sessions

@@ -1,7 +1,6 @@
 """What travels between the parts of the cluster: turns and their events, routing, the origins of KV, sessions.
 
-Plain frozen data, no behaviour beyond validation. The engine's part of a request is in sampling.py; its names stand
-here too, since they travel with turns.
+Plain frozen data, no behaviour beyond validation. The engine's part of a request is in sampling.py.
 """
 
 from __future__ import annotations
@@ -10,9 +9,7 @@ import enum
 from dataclasses import dataclass, field
 
 from services.common.errors import InvalidRequest
-from services.common.sampling import FinishReason as FinishReason
-from services.common.sampling import SamplingParams as SamplingParams
-from services.common.sampling import TokenLogprobs as TokenLogprobs
+from services.common.sampling import FinishReason, SamplingParams, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,16 +6,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from services.common.messages import (
-    FinishReason,
-    KvOrigin,
-    KvSource,
-    PrefillPlace,
-    SamplingParams,
-    Timings,
-    TokenLogprobs,
-    Usage,
-)
+from services.common.messages import KvOrigin, KvSource, PrefillPlace, Timings, Usage
+from services.common.sampling import FinishReason, SamplingParams, TokenLogprobs
 from services.engine.engine import Engine, EngineOutput
 from services.engine.scheduler import Reservation
 from services.replica.handover import PrefillResult

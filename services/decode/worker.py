@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 
 from services.common.errors import InvalidRequest, PromptTooLong, QueueFull, StaleLease
-from services.common.messages import FinishReason
+from services.common.sampling import FinishReason
 from services.common.settings import DecodeSettings
 from services.common.telemetry import Metrics
 from services.decode.held_sessions import HeldSessions

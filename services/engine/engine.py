@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from services.common.errors import AntiphonError, InvalidRequest, NumericsError
-from services.common.messages import FinishReason, SamplingParams, TokenLogprobs
 from services.common.prefix_hash import PrefixHasher
+from services.common.sampling import FinishReason, SamplingParams, TokenLogprobs
 from services.engine.batch import wants_all_logits
 from services.engine.flights import Flights, sampling_row
 from services.engine.fused_runner import FusedRunner

@@ -11,7 +11,7 @@ from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
 from typing import Protocol
 
-from services.common.messages import SamplingParams
+from services.common.sampling import SamplingParams
 from services.engine.batch import wants_all_logits
 from services.engine.fused_runner import FusedRunner, HostIds
 from services.engine.sampler import SamplingRow, draw_arrays

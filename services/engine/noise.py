@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
 _WEYL = 0x9E3779B97F4A7C15
@@ -70,8 +69,3 @@ def _mix_array(value: np.ndarray) -> np.ndarray:
         value = (value ^ (value >> np.uint64(shift))) * np.uint64(multiplier)
     mixed: np.ndarray = value ^ (value >> np.uint64(_SHIFTS[-1]))
     return mixed
-
-
-def stream_keys(seeds_and_positions: list[tuple[int, int]], device: torch.device) -> Tensor:
-    """`stream_key` of each pair, as an int64 tensor on `device`."""
-    return torch.tensor([stream_key(seed, position) for seed, position in seeds_and_positions], device=device)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from services.common.errors import NumericsError
-from services.common.messages import SamplingParams, TokenLogprobs
+from services.common.sampling import SamplingParams, TokenLogprobs
 from services.engine.kernels.draw_tokens import draw
 from services.engine.noise import stream_key_array
 from services.engine.penalties import apply_logit_bias, apply_penalties, require_in_vocabulary

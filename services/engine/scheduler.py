@@ -15,8 +15,8 @@ from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, field
 
 from services.common.errors import InvalidRequest, PromptTooLong, QueueFull
-from services.common.messages import FinishReason
 from services.common.prefix_hash import PrefixHasher
+from services.common.sampling import FinishReason
 from services.engine.block_pool import BlockPool
 from services.engine.reservation import Reservation, ReservationBook
 from services.engine.sequence import Sequence, SequenceStatus

@@ -6,8 +6,8 @@ import enum
 import sys
 from collections.abc import Iterable
 
-from services.common.messages import FinishReason, SamplingParams
 from services.common.prefix_hash import PrefixHasher
+from services.common.sampling import FinishReason, SamplingParams
 
 
 class SequenceStatus(enum.Enum):

@@ -18,11 +18,11 @@ from services.common.messages import (
     Message,
     ModelInfo,
     RoutingDecision,
-    SamplingParams,
     Started,
     TurnEvent,
     TurnRequest,
 )
+from services.common.sampling import SamplingParams
 from services.gateway.convert_sessions import SESSION_PREFIX, session_id_of, session_name
 from services.pb.antiphon.v1 import chat_service_pb2 as chat
 from services.pb.antiphon.v1 import types_pb2 as types

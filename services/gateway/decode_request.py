@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from services.common.messages import SamplingParams
+from services.common.sampling import SamplingParams
 from services.gateway.history import History
 from services.gateway.router import Route
 from services.pb.antiphon.internal.v1 import decode_service_pb2 as pb

@@ -15,8 +15,9 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from services.common.errors import AntiphonError, InvalidCheckpoint, QueueFull, Unavailable
-from services.common.messages import Message, ModelInfo, SamplingParams
+from services.common.messages import Message, ModelInfo
 from services.common.process_load import ProcessLoad
+from services.common.sampling import SamplingParams
 from services.common.settings import Settings
 from services.common.telemetry import Metrics, MetricsServer, configure_logging
 from services.engine.hub import resolve_model

@@ -22,13 +22,13 @@ from services.common.messages import (
     Finished,
     RoutingDecision,
     RoutingReason,
-    SamplingParams,
     Started,
     Timings,
     TurnEvent,
     TurnRequest,
     Usage,
 )
+from services.common.sampling import SamplingParams
 from services.common.settings import Settings
 from services.common.telemetry import Metrics
 from services.gateway import router

@@ -5,15 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from services.common.errors import Unavailable
-from services.common.messages import (
-    Delta,
-    FinishReason,
-    KvOrigin,
-    KvSource,
-    PrefillPlace,
-    SamplingParams,
-    Timings,
-)
+from services.common.messages import Delta, KvOrigin, KvSource, PrefillPlace, Timings
+from services.common.sampling import FinishReason, SamplingParams
 from services.pb.antiphon.internal.v1 import decode_service_pb2 as pb
 from services.text.detokenizer import Detokenizer
 from services.text.tokenizer import Tokenizer

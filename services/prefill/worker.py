@@ -11,7 +11,7 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 
 from services.common.errors import TransferFailed, Unavailable
-from services.common.messages import FinishReason
+from services.common.sampling import FinishReason
 from services.engine.engine import EngineOutput, EngineRequest
 from services.engine.loop import EngineLoop
 from services.engine.scheduler import Reservation

@@ -12,7 +12,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from services.common.messages import SamplingParams, TokenLogprobs
+from services.common.sampling import SamplingParams, TokenLogprobs
 from services.transfer.base import Identity, KVTicket
 
 # A prefill replica that computes says so this often: a prompt may take long, a replica that hangs says nothing.

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from services.common.errors import InvalidRequest, NotFound
-from services.common.messages import FinishReason
+from services.common.sampling import FinishReason
 
 MAX_PAGE_SIZE = 1000
 MAX_TTL_S = 10 * 365 * 86400.0

@@ -13,7 +13,7 @@ import struct
 import numpy as np
 
 from services.common.errors import InvalidRequest, Unavailable
-from services.common.messages import FinishReason
+from services.common.sampling import FinishReason
 from services.sessions.base import TurnRecord
 
 VERSION = 1

@@ -8,17 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from services.common.errors import InvalidRequest
-from services.common.messages import (
-    FinishReason,
-    KvOrigin,
-    KvSource,
-    PrefillPlace,
-    RoutingReason,
-    SamplingParams,
-    Timings,
-    TokenLogprobs,
-    Usage,
-)
+from services.common.messages import KvOrigin, KvSource, PrefillPlace, RoutingReason, Timings, Usage
+from services.common.sampling import FinishReason, SamplingParams, TokenLogprobs
 from services.pb.antiphon.v1 import types_pb2 as pb
 
 DEFAULT_SAMPLING: Final = SamplingParams()

@@ -32,7 +32,8 @@ from ray import serve  # noqa: E402
 from services.app import APP_NAME, deployed, local_ray, session_store  # noqa: E402
 from services.client import AsyncClient  # noqa: E402
 from services.common.errors import AntiphonError  # noqa: E402
-from services.common.messages import Delta, SamplingParams  # noqa: E402
+from services.common.messages import Delta  # noqa: E402
+from services.common.sampling import SamplingParams  # noqa: E402
 from services.common.settings import Settings  # noqa: E402
 from services.scaling.serve_options import serve_config  # noqa: E402
 from tests.bench.paced_app import IMPORT_PATH  # noqa: E402

@@ -19,7 +19,6 @@ import gc
 import itertools
 import json
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -29,12 +28,13 @@ from typing import Any
 
 import torch
 
-from services.common.messages import SamplingParams
+from services.common.sampling import SamplingParams
 from services.common.settings import EngineSettings, ModelSettings
 from services.engine import fused
 from services.engine.engine import Engine, EngineRequest
 from services.engine.fused_runner import FusedRunner
 from services.engine.loading import load_engine
+from tests.bench.commit import commit
 from tests.bench.engine_peer import Peer
 from tests.bench.kernels import RESULTS, Rates, measure_rates
 from tests.kernel_inputs import relative_error
@@ -371,11 +371,10 @@ def main() -> None:
 
 def write(folder: Path, rates: Rates, rows: list[Row]) -> None:
     card = torch.cuda.get_device_name()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
     result = {
         "card": card,
         "torch": torch.__version__,
-        "commit": commit.strip(),
+        "commit": commit(),
         "command": "python -m tests.bench.engine",
         "rates": asdict(rates),
         "rows": [asdict(row) | {"is_reached": row.is_reached} for row in rows],

@@ -16,7 +16,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,10 +26,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from services.common.messages import SamplingParams
+from services.common.sampling import SamplingParams
 from services.common.settings import EngineSettings, ModelSettings
 from services.engine.engine import Engine, EngineRequest
 from services.engine.loading import load_engine
+from tests.bench.commit import commit
 
 RESULT = Path(__file__).parent / "results" / "engine_cpu.json"
 CONFIG = {
@@ -64,7 +64,7 @@ def main() -> None:
         "command": f"python -m tests.bench.engine_cpu --threads {args.threads}",
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {args.threads} thread(s)",
         "torch": torch.__version__,
-        "commit": _commit(),
+        "commit": commit(),
         "load_average": os.getloadavg(),
         "rows": rows,
     }
@@ -171,10 +171,6 @@ def _peer_decode_rate(peer: Any, batch: int, context: int) -> float:
         return time.perf_counter() - started
 
     return batch * DECODE_TOKENS / (seconds(DECODE_TOKENS + 1) - seconds(1))
-
-
-def _commit() -> str:
-    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ import tests.cluster.ray_session  # noqa: F401  (Ray brings psutil)
 # isort: split
 import psutil
 
-from services.common.messages import FinishReason, ModelInfo, SamplingParams, Timings, Usage
+from services.common.messages import ModelInfo, Timings, Usage
+from services.common.sampling import FinishReason, SamplingParams
 from services.common.settings import Settings
 from services.common.telemetry import Metrics
 from services.engine.hub import resolve_model

@@ -24,7 +24,8 @@ import ray
 
 from services.app import deployed, session_store
 from services.client import AsyncClient
-from services.common.messages import Delta, SamplingParams
+from services.common.messages import Delta
+from services.common.sampling import SamplingParams
 from services.common.settings import Settings
 from services.engine.hub import DEMO_MODEL
 from services.local import LocalPipeline, LocalRequest

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from services.engine.kernels.mla_decode_flash_mla import FEW_HEADS, flash_mla, m
 from services.engine.kernels.mla_decode_triton import mla_decode_triton
 from services.engine.kernels.mla_prefill import mla_prefill, mla_prefill_reference
 from services.engine.kernels.moe_experts import moe_experts, moe_experts_reference
+from tests.bench.commit import commit
 from tests.kernel_inputs import decode_inputs, fp8_weight, pack_latents, relative_error
 
 RESULTS = Path(__file__).parent / "results"
@@ -291,11 +291,10 @@ def main() -> None:
                 flush=True,
             )
     card = torch.cuda.get_device_name().lower().replace(" ", "-")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
     result = {
         "card": torch.cuda.get_device_name(),
         "torch": torch.__version__,
-        "commit": commit.strip(),
+        "commit": commit(),
         "command": "python -m tests.bench.kernels",
         "rates": asdict(rates),
         "figures": [asdict(figure) for figure in figures],

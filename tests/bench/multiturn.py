@@ -21,7 +21,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,8 @@ from tests.cluster.ray_session import local_ray
 
 # isort: split
 from services.client import AsyncClient
-from services.common.messages import SamplingParams
+from services.common.sampling import SamplingParams
+from tests.bench.commit import commit
 from tests.bench.gateway_streams import Streams, measure
 from tests.bench.turns import Load, Run, TurnSample, one_turn, percentiles, run, summary, tokens_per_word
 from tests.cluster.serving import Serving, serving
@@ -58,17 +58,11 @@ def main() -> None:
     document = {
         "command": "python -m tests.bench.multiturn" + (" --quick" if args.quick else ""),
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        ).stdout.strip(),
+        "commit": commit(),
         "parts": results,
     }
     RESULT.write_text(json.dumps(document, indent=1) + "\n")
     print(table(results))
-
-
-def _commit() -> str:
-    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
 
 
 def reuse(quick: bool) -> Results:

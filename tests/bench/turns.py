@@ -17,7 +17,8 @@ from itertools import pairwise
 from typing import Any
 
 from services.client import AsyncClient, AsyncSession
-from services.common.messages import Delta, Finished, SamplingParams, Started
+from services.common.messages import Delta, Finished, Started
+from services.common.sampling import SamplingParams
 
 _WORDS = (
     "fox", "lantern", "river", "bell", "ferry", "garden", "whale", "story", "winter", "bridge", "forest", "window",

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from tests.cluster.ray_session import local_ray
 import ray
 import torch
 
+from tests.bench.commit import commit
 from tests.bench.gpu_cluster import Shape, measure_cluster
 from tests.bench.gpu_links import measure_links
 from tests.bench.gpu_transfers import measure_transfers
@@ -53,9 +53,7 @@ def main() -> None:
     machine = "CPU" if is_cpu else f"{num_gpus} x {torch.cuda.get_device_name()}"
     result: dict[str, Any] = {
         "machine": machine,
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip(),
+        "commit": commit(),
         "torch": torch.__version__,
         "ray": ray.__version__,
         "repeats": options.repeats,

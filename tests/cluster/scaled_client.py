@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from services.client import AsyncClient, AsyncSession
-from services.common.messages import SamplingParams
+from services.common.sampling import SamplingParams
 from services.common.settings import Settings
 from tests.cluster.serving import Serving, Turn, collect
 

@@ -17,7 +17,8 @@ import psutil  # Ray brings it
 
 from services.app import deployed, session_store
 from services.client import AsyncClient
-from services.common.messages import Delta, Finished, Message, SamplingParams, Started, TurnEvent
+from services.common.messages import Delta, Finished, Message, Started, TurnEvent
+from services.common.sampling import SamplingParams
 from services.common.settings import EngineSettings, ModelSettings, Settings
 from services.local import LocalPipeline
 from services.ray_environment import prepare_environment

@@ -15,7 +15,8 @@ import tests.cluster.ray_session  # noqa: F401  (sets variables that Ray reads w
 
 # isort: split
 from services.client import AsyncClient, AsyncSession
-from services.common.messages import KvSource, RoutingReason, SamplingParams
+from services.common.messages import KvSource, RoutingReason
+from services.common.sampling import SamplingParams
 from services.local import LocalPipeline
 from services.sessions.registry import Role
 from tests.cluster.scaled_client import Conversation, OpenLoop, ScaledApp, running_app

@@ -21,7 +21,7 @@ from redis.asyncio import Redis
 from redis.exceptions import NoPermissionError
 
 from services.common.errors import InvalidSettings, SessionBusy, Unavailable
-from services.common.messages import FinishReason
+from services.common.sampling import FinishReason
 from services.common.settings import SessionSettings
 from services.sessions.base import Acquired, Holder, SessionStore, TurnRecord, TurnStart
 from services.sessions.connect import ACL_COMMANDS, RedisSettings, connect

@@ -13,7 +13,7 @@ import pytest
 from redis.asyncio import Redis
 
 from services.common.errors import NotFound, SessionBusy, Unavailable
-from services.common.messages import FinishReason
+from services.common.sampling import FinishReason
 from services.sessions.base import Acquired, Holder, SessionStore, TurnRecord, TurnStart
 from services.sessions.breaker import LONGEST_PAUSE_S
 from services.sessions.embedded import EmbeddedServer

@@ -24,7 +24,8 @@ import ray
 from ray import serve
 
 from services.common.errors import AntiphonError, InvalidRequest, PromptTooLong, Unavailable
-from services.common.messages import KvSource, PrefillPlace, SamplingParams
+from services.common.messages import KvSource, PrefillPlace
+from services.common.sampling import SamplingParams
 from services.common.settings import Settings
 from services.decode.deployment import DecodeDeployment
 from services.engine.engine import Engine, EngineRequest

@@ -11,12 +11,10 @@ from services.common.messages import (
     Delta,
     Explanation,
     Finished,
-    FinishReason,
     Message,
     ModelInfo,
     RoutingDecision,
     RoutingReason,
-    SamplingParams,
     SessionInfo,
     SessionPage,
     Started,
@@ -25,6 +23,7 @@ from services.common.messages import (
     TurnRequest,
     Usage,
 )
+from services.common.sampling import FinishReason, SamplingParams
 from services.common.settings import GatewaySettings
 from services.common.telemetry import Metrics
 from services.gateway.server import GatewayServer

@@ -14,7 +14,8 @@ from typing import Any
 
 import grpc
 
-from services.common.messages import FinishReason, KvOrigin, KvSource, Message, PrefillPlace, Timings, Usage
+from services.common.messages import KvOrigin, KvSource, Message, PrefillPlace, Timings, Usage
+from services.common.sampling import FinishReason
 from services.common.settings import Settings
 from services.common.telemetry import Metrics
 from services.engine.hub import resolve_model

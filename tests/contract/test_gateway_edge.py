@@ -18,16 +18,8 @@ from prometheus_client import generate_latest
 from services.cli_options import SamplingOptions
 from services.client import AsyncClient, AsyncSession, Client, Session
 from services.common import errors
-from services.common.messages import (
-    Delta,
-    Explanation,
-    Finished,
-    Message,
-    SamplingParams,
-    Started,
-    TurnRequest,
-    Usage,
-)
+from services.common.messages import Delta, Explanation, Finished, Message, Started, TurnRequest, Usage
+from services.common.sampling import SamplingParams
 from services.common.telemetry import JsonFormatter, TraceContext
 from services.gateway import convert
 from services.gateway.status import status_of

@@ -10,17 +10,8 @@ from typing import Any
 import pytest
 
 from services.common.errors import Exhausted, InvalidRequest, NotFound, SessionBusy, Unavailable
-from services.common.messages import (
-    Delta,
-    Finished,
-    FinishReason,
-    Message,
-    RoutingReason,
-    SamplingParams,
-    Started,
-    TurnEvent,
-    TurnRequest,
-)
+from services.common.messages import Delta, Finished, Message, RoutingReason, Started, TurnEvent, TurnRequest
+from services.common.sampling import FinishReason, SamplingParams
 from services.sessions.embedded import EmbeddedServer
 from tests.contract.scripted_decode import Cluster, scripted_cluster
 from tests.redis_servers import running_server

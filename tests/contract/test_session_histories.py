@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from services.common.errors import AntiphonError, SessionBusy, StaleLease, Unavailable
-from services.common.messages import FinishReason
+from services.common.sampling import FinishReason
 from services.sessions.base import (
     Acquired,
     AlreadyCommitted,

@@ -16,7 +16,7 @@ from services.common.errors import (
     SessionBusy,
     StaleLease,
 )
-from services.common.messages import FinishReason
+from services.common.sampling import FinishReason
 from services.sessions.base import (
     SESSION_OVERHEAD_BYTES,
     Acquired,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from services.common.messages import SamplingParams
+from services.common.sampling import SamplingParams
 from services.common.settings import EngineSettings, ModelSettings
 from services.engine.block_pool import BlockPool
 from services.engine.config import ModelConfig

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from services.common.messages import SamplingParams
+from services.common.sampling import SamplingParams
 from services.engine.kernels.draw_tokens import Draws, draw_tokens
-from services.engine.noise import gumbel, stream_keys
+from services.engine.noise import gumbel, stream_key_array
 from services.engine.sampler import Sampler, SamplingRow, draw_arrays
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -39,7 +39,7 @@ def test_tokens_on_cuda_are_those_of_the_cpu_in_a_batch_and_alone(dtype: torch.d
 
 
 def test_noise_on_cuda_is_that_of_the_cpu() -> None:
-    keys = stream_keys([(seed, seed % 9) for seed in range(64)], torch.device("cpu")).unsqueeze(-1)
+    keys = torch.from_numpy(stream_key_array(range(64), [seed % 9 for seed in range(64)])).unsqueeze(-1)
     on_cuda = gumbel(keys.cuda(), torch.arange(5000, device="cuda"))
     torch.testing.assert_close(on_cuda.cpu(), gumbel(keys, torch.arange(5000)), rtol=0, atol=1e-14)
 

@@ -22,7 +22,8 @@ import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services.client import AsyncClient
-from services.common.messages import Delta, SamplingParams
+from services.common.messages import Delta
+from services.common.sampling import SamplingParams
 from services.common.settings import Settings
 from tests.manifests.kustomize import K8S, build
 from tests.manifests.machines import Machine, image_environment, prepare

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from services.common.messages import SamplingParams
+from services.common.sampling import SamplingParams
 from services.common.settings import EngineSettings, ModelSettings
 from services.engine.batch import wants_all_logits
 from services.engine.engine import Engine, EngineRequest

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from services.common.messages import SamplingParams
+from services.common.sampling import SamplingParams
 from services.engine.block_pool import BlockPool
 from services.engine.config import ModelConfig
 from services.engine.engine import Engine, EngineRequest

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from services.common.errors import AntiphonError, TransferFailed, Unavailable
-from services.common.messages import SamplingParams
+from services.common.sampling import SamplingParams
 from services.common.settings import DecodeSettings, EngineSettings, ModelSettings
 from services.common.telemetry import Metrics
 from services.decode.held_sessions import HeldSessions

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from services import cli_jsonl, cli_local
 from services.cli import app
 from services.common.errors import InvalidRequest
-from services.common.messages import SamplingParams
+from services.common.sampling import SamplingParams
 from services.common.settings import EngineSettings, ModelSettings
 from services.local import LocalPipeline
 

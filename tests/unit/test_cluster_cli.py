@@ -14,7 +14,6 @@ from services.common.errors import InvalidSettings, NotFound
 from services.common.messages import (
     Delta,
     Finished,
-    FinishReason,
     KvOrigin,
     KvSource,
     RoutingDecision,
@@ -23,6 +22,7 @@ from services.common.messages import (
     Timings,
     Usage,
 )
+from services.common.sampling import FinishReason
 from services.common.settings import SessionSettings
 from services.ray_environment import prepare_environment
 from services.remote_chat import show_turn, summary

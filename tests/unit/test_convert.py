@@ -13,7 +13,6 @@ from services.common.messages import (
     Delta,
     Explanation,
     Finished,
-    FinishReason,
     KvOrigin,
     KvSource,
     Message,
@@ -21,15 +20,14 @@ from services.common.messages import (
     PrefillPlace,
     RoutingDecision,
     RoutingReason,
-    SamplingParams,
     SessionHolder,
     SessionInfo,
     Started,
     Timings,
-    TokenLogprobs,
     TurnRequest,
     Usage,
 )
+from services.common.sampling import FinishReason, SamplingParams, TokenLogprobs
 from services.gateway import convert, convert_sessions
 from services.pb.antiphon.v1 import chat_service_pb2 as chat
 from services.pb.antiphon.v1 import session_service_pb2 as sessions

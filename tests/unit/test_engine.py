@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.common.errors import InvalidRequest, InvalidSettings, NumericsError, PromptTooLong, QueueFull
-from services.common.messages import FinishReason, SamplingParams
+from services.common.sampling import FinishReason, SamplingParams
 from services.common.settings import EngineSettings, ModelSettings
 from services.engine.engine import EngineRequest
 from services.engine.loading import load_engine

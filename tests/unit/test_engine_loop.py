@@ -4,7 +4,7 @@ import threading
 import pytest
 
 from services.common.errors import InvalidRequest, NumericsError, QueueFull, Unavailable
-from services.common.messages import FinishReason, SamplingParams
+from services.common.sampling import FinishReason, SamplingParams
 from services.engine.engine import EngineRequest
 from services.engine.loop import EngineLoop
 from tests.unit.tiny_model import VOCABULARY, tiny_engine, v3_config, write_checkpoint

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from services.common.errors import NumericsError
-from services.common.messages import FinishReason, SamplingParams
+from services.common.sampling import FinishReason, SamplingParams
 from services.engine.engine import EngineRequest
 from services.engine.noise import stream_key, stream_key_array
 from tests.unit.test_fused_runner import CONFIGS, engine_of, prompts, replies

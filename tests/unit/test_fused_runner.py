@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from services.common.messages import SamplingParams
+from services.common.sampling import SamplingParams
 from services.engine.block_pool import BlockPool
 from services.engine.config import ModelConfig
 from services.engine.engine import Engine, EngineRequest

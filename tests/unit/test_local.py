@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from services.common.errors import InvalidCheckpoint, InvalidRequest, PromptTooLong, QueueFull
-from services.common.messages import Delta, Finished, FinishReason, Message, SamplingParams
+from services.common.messages import Delta, Finished, Message
+from services.common.sampling import FinishReason, SamplingParams
 from services.common.settings import EngineSettings, ModelSettings
 from services.local import LocalPipeline, LocalRequest
 

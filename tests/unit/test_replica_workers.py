@@ -18,7 +18,8 @@ from services.common.errors import (
     StaleLease,
     Unavailable,
 )
-from services.common.messages import FinishReason, PrefillPlace, SamplingParams
+from services.common.messages import PrefillPlace
+from services.common.sampling import FinishReason, SamplingParams
 from services.decode.turn import DecodeFinished, TokenChunk
 from services.engine.engine import Engine
 from tests.unit.replica_group import (

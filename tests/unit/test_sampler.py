@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from transformers.generation import logits_process as hf
 
 from services.common.errors import InvalidRequest, NumericsError
-from services.common.messages import SamplingParams
+from services.common.sampling import SamplingParams
 from services.engine.kernels.draw_tokens import NUM_CANDIDATES
-from services.engine.noise import gumbel, stream_key, stream_keys
+from services.engine.noise import gumbel, stream_key, stream_key_array
 from services.engine.sampler import (
     Sampler,
     SamplingRow,
@@ -161,12 +161,13 @@ def test_noise_is_pinned_so_that_seeds_survive_releases() -> None:
     # The first two outputs of splitmix64 seeded with 0, as published with the generator.
     assert [stream_key(0, position) % 2**64 for position in (1, 2)] == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4]
     assert stream_key(42, 7) == 5152897204343404489
-    noise = gumbel(stream_keys([(42, 7)], torch.device("cpu")), torch.arange(3))
+    noise = gumbel(torch.from_numpy(stream_key_array([42], [7])), torch.arange(3))
     assert noise.tolist() == pytest.approx([0.8114343651844833, -0.715471954673673, 0.21237508535009977], rel=1e-12)
 
 
 def test_noise_is_standard_gumbel() -> None:
-    noise = gumbel(stream_keys([(s, 0) for s in range(50)], torch.device("cpu")).unsqueeze(-1), torch.arange(2000))
+    keys = torch.from_numpy(stream_key_array(range(50), [0] * 50))
+    noise = gumbel(keys.unsqueeze(-1), torch.arange(2000))
     assert noise.mean() == pytest.approx(0.5772, abs=0.02)
     assert noise.var() == pytest.approx(math.pi**2 / 6, abs=0.05)
     flat = noise.flatten()

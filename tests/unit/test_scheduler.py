@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, precondition, rule
 
 from services.common.errors import InvalidRequest, OutOfBlocks, PromptTooLong, QueueFull
-from services.common.messages import FinishReason, SamplingParams
 from services.common.prefix_hash import PrefixHasher
+from services.common.sampling import FinishReason, SamplingParams
 from services.engine.block_pool import BlockPool
 from services.engine.scheduler import Chunk, Scheduler, SchedulerConfig
 from services.engine.sequence import Sequence, SequenceStatus

@@ -1,7 +1,7 @@
 import pytest
 
-from services.common.messages import FinishReason, SamplingParams
 from services.common.prefix_hash import PrefixHasher
+from services.common.sampling import FinishReason, SamplingParams
 from services.engine.sequence import Sequence, SequenceStatus
 
 HASHER = PrefixHasher(b"model", 4)

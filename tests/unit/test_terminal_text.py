@@ -6,16 +6,8 @@ import io
 
 import pytest
 
-from services.common.messages import (
-    Delta,
-    Finished,
-    FinishReason,
-    RoutingDecision,
-    RoutingReason,
-    Started,
-    Timings,
-    Usage,
-)
+from services.common.messages import Delta, Finished, RoutingDecision, RoutingReason, Started, Timings, Usage
+from services.common.sampling import FinishReason
 from services.remote_chat import show_turn
 from services.terminal_text import shown
 

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 import services
 from services.common.errors import InvalidCheckpoint, InvalidRequest, PromptTooLong
-from services.common.messages import SamplingParams
+from services.common.sampling import SamplingParams
 from services.text.tokenizer import Tokenizer, TokenizerConfig
 
 DEMO = Path(services.__file__).parent / "demo_model"

@@ -16,11 +16,6 @@ from services.engine.kernels import mla_decode_flash_mla
 SCALE_BLOCK = 128
 
 
-def fp8_record_bytes(kv_lora_rank: int, qk_rope_head_dim: int) -> int:
-    """Bytes a token takes in the FP8 layout."""
-    return kv_lora_rank + 4 * _num_scales(kv_lora_rank) + 2 * qk_rope_head_dim
-
-
 def unpack_latents(records: torch.Tensor, kv_lora_rank: int) -> torch.Tensor:
     """[..., bytes] uint8 records of the FP8 layout to [..., C + R] fp32."""
     records = records.contiguous()

@@ -8,7 +8,8 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from services.client import AsyncSession
-from services.common.messages import Delta, SamplingParams
+from services.common.messages import Delta
+from services.common.sampling import SamplingParams
 from services.gateway.decode_client import DecodeClient
 from services.local import LocalPipeline, LocalRequest
 from services.pb.antiphon.internal.v1 import decode_service_pb2 as pb

@@ -19,7 +19,8 @@ from tests.cluster.serving import (
 
 # isort: split
 from services.client import AsyncClient
-from services.common.messages import KvSource, RoutingReason, SamplingParams
+from services.common.messages import KvSource, RoutingReason
+from services.common.sampling import SamplingParams
 from services.local import LocalPipeline
 from services.sessions.registry import Role
 from tests.cluster.whole.loads import busy, chained, local_tokens

@@ -11,7 +11,8 @@ from tests.cluster.serving import Serving, Turn, collect
 
 # isort: split
 from services.client import AsyncClient, AsyncSession
-from services.common.messages import Explanation, RoutingReason, SamplingParams
+from services.common.messages import Explanation, RoutingReason
+from services.common.sampling import SamplingParams
 from tests.cluster.whole.loads import busy
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(600)]

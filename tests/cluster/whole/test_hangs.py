@@ -15,7 +15,8 @@ from tests.cluster.serving import Serving, collect, local_conversation, prefill_
 
 # isort: split
 from services.client import AsyncClient
-from services.common.messages import Delta, SamplingParams
+from services.common.messages import Delta
+from services.common.sampling import SamplingParams
 from services.local import LocalPipeline
 from tests.cluster.whole.loads import chained, local_tokens
 

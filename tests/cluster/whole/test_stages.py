@@ -16,7 +16,8 @@ from tests.cluster.serving import GREEDY, Serving, collect
 # isort: split
 from services.client import AsyncClient, AsyncSession
 from services.common.errors import AntiphonError, DeadlineExceeded
-from services.common.messages import Delta, Message, SamplingParams, Started
+from services.common.messages import Delta, Message, Started
+from services.common.sampling import SamplingParams
 from tests.cluster.whole.loads import busy, nothing_is_left
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(600)]
