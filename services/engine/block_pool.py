@@ -33,6 +33,8 @@ class BlockPool:
         self._num_references = [0] * num_blocks
         self._hash_of: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
+        self._previous_of: dict[bytes, bytes] = {}  # of a findable block: the hash of the block before it
+        self._num_next: Counter[bytes] = Counter()  # findable blocks that come right after a hash
         self._free = list(range(num_blocks - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._quarantined: set[int] = set()
@@ -107,16 +109,20 @@ class BlockPool:
             taken.append(block_id)
         return taken
 
-    def commit(self, block_id: int, prefix_hash: bytes) -> None:
+    def commit(self, block_id: int, prefix_hash: bytes, previous_hash: bytes | None = None) -> None:
         """Makes a referenced block findable: it is full, computed, and will never be written again.
 
-        Where another block holds the hash already, that one stays the one to be found and this one anonymous.
+        previous_hash: of the block before it; None for the first of a prefix. Where another block holds the hash
+        already, that one stays the one to be found and this one anonymous.
         """
         _require(self._num_references[block_id] > 0, f"block {block_id} is committed but nobody's")
         known = self._hash_of[block_id]
         _require(known is None or known == prefix_hash, f"block {block_id} is committed with two hashes")
-        if self._block_of.setdefault(prefix_hash, block_id) == block_id:
+        if self._block_of.setdefault(prefix_hash, block_id) == block_id and known is None:
             self._hash_of[block_id] = prefix_hash
+            if previous_hash is not None:
+                self._previous_of[prefix_hash] = previous_hash
+                self._num_next[previous_hash] += 1
 
     def release(self, block_ids: Sequence[int]) -> None:
         """Drops a reference to each block of a table; of those now unreferenced the later ones are evicted first."""
@@ -158,18 +164,25 @@ class BlockPool:
                 num_forgotten += 1
         return num_forgotten
 
-    def evict_first(self, hashes: Iterable[bytes]) -> int:
-        """Makes the unreferenced blocks with these hashes the next to be evicted, the last one first; says how many.
+    def evict_first(self, hashes: Sequence[bytes]) -> int:
+        """Makes the unreferenced blocks of a prefix the next to be evicted, the last one first; says how many.
 
-        They stay findable until then: another sequence may share them.
+        Those with which another prefix goes on that can be found here keep their place: it would be lost with them.
+        All stay findable until then.
         """
-        num_moved = 0
-        for prefix_hash in hashes:
+        moved: list[int] = []
+        num_own_next = 0
+        for prefix_hash in reversed(hashes):
             block_id = self._block_of.get(prefix_hash)
-            if block_id is not None and block_id in self._cached:
-                self._cached.move_to_end(block_id, last=False)
-                num_moved += 1
-        return num_moved
+            is_shared = self._num_next.get(prefix_hash, 0) > num_own_next
+            if is_shared or (block_id is not None and block_id not in self._cached):
+                break
+            num_own_next = 0 if block_id is None else 1
+            if block_id is not None:
+                moved.append(block_id)
+        for block_id in reversed(moved):
+            self._cached.move_to_end(block_id, last=False)
+        return len(moved)
 
     def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
         """Raises AssertionError unless `tables` are exactly the references there are, and each block has one place."""
@@ -193,6 +206,8 @@ class BlockPool:
                 num_references > 0 or (prefix_hash is not None) == (block_id in self._cached),
                 f"block {block_id} is unreferenced, and its hash does not fit its place",
             )
+        num_next = Counter(self._previous_of.values())
+        _require(self._num_next == num_next, "the blocks that come after others are counted wrong")
         num_hashed = self.num_blocks - self._hash_of.count(None)
         _require(num_hashed == len(self._block_of), f"{len(self._block_of)} hashes lead to {num_hashed} blocks")
 
@@ -207,6 +222,11 @@ class BlockPool:
         if prefix_hash is not None:
             del self._block_of[prefix_hash]
             self._hash_of[block_id] = None
+            previous_hash = self._previous_of.pop(prefix_hash, None)
+            if previous_hash is not None:
+                self._num_next[previous_hash] -= 1
+                if not self._num_next[previous_hash]:
+                    del self._num_next[previous_hash]
 
 
 def _require(holds: bool, problem: str) -> None:

@@ -293,7 +293,7 @@ class Engine:
         self.pool.release(list(block_ids))
 
     def evict_first(self, token_ids: ListLike[int], tenant_salt: bytes = b"") -> int:
-        """Blocks that hold KV of these tokens, and that nobody uses now, are evicted before all others; how many."""
+        """KV of these tokens that nobody uses now, and no other prefix needs, is evicted before all other; blocks."""
         return self.pool.evict_first(self.hasher(tenant_salt).hashes(list(token_ids)))
 
     def reserve(self, token_ids: ListLike[int], tenant_salt: bytes = b"") -> Reservation:

@@ -70,7 +70,8 @@ class ReservationBook:
         if not num_before <= num_tokens <= len(reservation.token_ids):
             raise ValueError(f"{num_tokens} tokens arrived of {len(reservation.token_ids)}; {num_before} were in place")
         for index in range(num_before // self._pool.block_size, num_tokens // self._pool.block_size):
-            self._pool.commit(reservation.block_table[index], reservation.block_hashes[index])
+            hashes = reservation.block_hashes
+            self._pool.commit(reservation.block_table[index], hashes[index], hashes[index - 1] if index else None)
         reservation.num_computed_tokens = num_tokens
 
     def cancel(self, reservation: Reservation) -> None:

@@ -413,7 +413,8 @@ class Scheduler:
     def _advance(self, seq: Sequence, num_computed: int) -> None:
         block_size = self.pool.block_size
         for index in range(seq.num_computed_tokens // block_size, num_computed // block_size):
-            self.pool.commit(seq.block_table[index], seq.block_hashes[index])
+            hashes = seq.block_hashes
+            self.pool.commit(seq.block_table[index], hashes[index], hashes[index - 1] if index else None)
         seq.num_computed_tokens = num_computed
 
     def _end(self, seq: Sequence, reason: FinishReason) -> None:

@@ -129,6 +129,8 @@ class BlockExchange:
             yield HistoryOffer(ticket)
         finally:
             await self.release(ticket)
+            if request.moves:
+                self.soon(lambda engine: engine.evict_first(request.token_ids, request.salt))
 
     # Fetching.
 
@@ -159,11 +161,12 @@ class BlockExchange:
         return report
 
     async def fetch_history(
-        self, peers: HistoryClient, reservation: Reservation, holder: Identity, num_tokens: int, salt: bytes
-    ) -> FetchReport | None:
+        self, peers: HistoryClient, reservation: Reservation, holder: Identity, num_tokens: int, salt: bytes,
+        *, moves: bool,
+    ) -> FetchReport | None:  # fmt: skip
         """Fetches what the reservation lacks of its first num_tokens tokens (full blocks) from a holder.
 
-        None if the holder has nothing of it. Raises Unavailable and TransferFailed, as `fetch`.
+        moves: their session goes on here. None if the holder has nothing of it. Raises Unavailable, and as `fetch` does.
         """
         first = reservation.num_computed_tokens
         request = HistoryRequest(
@@ -172,6 +175,7 @@ class BlockExchange:
             salt=salt,
             first_token=first,
             into_block_ids=blocks_between(reservation.block_table, first, num_tokens, self.block_size),
+            moves=moves,
         )
         async with peers.history(request) as offer:
             if offer.ticket is None:

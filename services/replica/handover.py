@@ -24,7 +24,8 @@ class HistoryRequest:
     """Asks a holder for the KV of token_ids from first_token (a block's first) on.
 
     holder: the very process that is meant; another one offers nothing. token_ids: from position 0 on, because the
-    holder finds blocks by their prefix hash. into_block_ids: where they go, one a block that is wanted.
+    holder finds blocks by their prefix hash. into_block_ids: where they go, one a block that is wanted. moves: the
+    session goes on at the asker, so the holder's copy is of less use from now on than anything else that it holds.
     """
 
     holder: Identity
@@ -32,6 +33,7 @@ class HistoryRequest:
     salt: bytes
     first_token: int
     into_block_ids: tuple[int, ...]
+    moves: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,42 @@ def cache_chain(pool, first, length):
     return table
 
 
+def cache_prefix(pool, numbers):
+    """As long-lived as the turn of a sequence with these blocks: those that are held are shared."""
+    hashes = [name(number) for number in numbers]
+    table = pool.match(hashes)
+    pool.acquire(table)
+    for index in range(len(table), len(hashes)):
+        table += pool.allocate(1)
+        pool.commit(table[index], hashes[index], hashes[index - 1] if index else None)
+    pool.release(table)
+    return hashes
+
+
+def test_what_is_to_be_evicted_first_goes_from_its_end_and_leaves_what_others_share():
+    pool = BlockPool(6, 4)
+    staying = cache_prefix(pool, (0, 1, 2))
+    going = cache_prefix(pool, (0, 1, 3, 4))
+    assert pool.evict_first(going) == 2
+    pool.allocate(2)  # one block was free
+    assert (len(pool.match(staying)), len(pool.match(going))) == (3, 3)
+    pool.allocate(1)
+    assert (len(pool.match(staying)), len(pool.match(going))) == (3, 2)
+    assert pool.evict_first(going) == 0  # all that is left of it is shared
+    assert pool.evict_first(staying) == 3
+
+
+def test_blocks_in_use_and_those_before_them_keep_their_place():
+    pool = BlockPool(6, 4)
+    hashes = cache_prefix(pool, (0, 1, 2, 3))
+    used = pool.match(hashes)[:3]
+    pool.acquire(used)
+    assert pool.evict_first(hashes) == 1
+    assert pool.evict_first([*hashes, name(9)]) == 1  # the last one is not here
+    pool.release(used)
+    assert pool.evict_first(hashes) == 4
+
+
 def test_matches_the_longest_held_prefix_and_changes_nothing():
     pool = BlockPool(6, 4)
     table = cache_chain(pool, 0, 3)
@@ -202,12 +238,12 @@ class PoolMachine(RuleBasedStateMachine):
         self.tables.append(table)
 
     @precondition(lambda self: self.tables)
-    @rule(data=st.data(), number=st.integers(0, 5))
-    def commit(self, data, number):
+    @rule(data=st.data(), number=st.integers(0, 5), previous=st.none() | st.integers(0, 5))
+    def commit(self, data, number, previous):
         table = data.draw(st.sampled_from(self.tables))
         for block_id in table[:1]:
             if block_id not in self.hash_of:
-                self.pool.commit(block_id, name(number))
+                self.pool.commit(block_id, name(number), None if previous is None else name(previous))
                 if name(number) not in self.hash_of.values():
                     self.hash_of[block_id] = name(number)
 

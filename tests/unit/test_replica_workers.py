@@ -95,6 +95,26 @@ async def test_a_turn_that_moves_fetches_the_history_from_its_holder(oracle: Eng
         assert "turned off" in reply.end.prefill_reason
 
 
+async def test_the_copy_that_a_moved_session_leaves_behind_is_evicted_before_sessions_that_stay(oracle: Engine) -> None:
+    async with running_group(remote_prefill="never", num_blocks=12) as group:
+        staying, moving = prompt(37, 64), prompt(38, 64)
+        await group.turn(request(staying, session_digest="staying"))
+        await group.turn(request(moving, session_digest="moving"))
+        holders = held_by(group.first, 64)
+        await group.turn(request(moving + prompt(39, 8), session_digest="moving", holders=holders), group.second)
+        await group.until_idle()
+        await group.turn(request(prompt(40, 100)))
+        assert group.first.engine.match(staying, SALT) == 64
+        assert group.first.engine.match(moving, SALT) < 64
+
+
+async def test_lending_history_to_prefill_does_not_cost_it_its_place(group: Group) -> None:
+    history = prompt(41, 60)
+    history += (await group.turn(request(history, session_digest="asked"))).token_ids
+    await group.turn(request(history + prompt(42, 40), session_digest="asked"))
+    assert [asked.moves for asked in group.peers.requests] == [False]
+
+
 async def test_a_holder_that_has_lost_the_history_costs_a_prefill_only(oracle: Engine) -> None:
     async with running_group(remote_prefill="never") as group:
         reply = await group.turn(request(prompt(8, 400), holders=held_by(group.first, 384)), group.second)
