@@ -166,7 +166,7 @@ class BlockExchange:
     ) -> FetchReport | None:  # fmt: skip
         """Fetches what the reservation lacks of its first num_tokens tokens (full blocks) from a holder.
 
-        moves: their session goes on here. None if the holder has nothing of it. Raises Unavailable, and as `fetch` does.
+        moves: their session goes on here. None if the holder has nothing of it. Raises Unavailable, or as `fetch` does.
         """
         first = reservation.num_computed_tokens
         request = HistoryRequest(
