@@ -1,7 +1,7 @@
-"""Steps with chunks of prompts, as CUDA graphs where that pays: with few tokens the host would launch too slowly.
+"""Steps with chunks of prompts, as CUDA graphs: the host, which would launch a thousand kernels, is not in the way.
 
-Attention depends on how long the sequences are, so it is launched as ever; between two layers' attention everything is
-one graph. As with decode steps there are graphs for some numbers of tokens, and tokens left over store nothing.
+As with decode steps there are graphs for some numbers of tokens, and tokens left over store nothing. How many keys
+there are, and how attention is shared out, the kernels read on the device.
 """
 
 from __future__ import annotations
@@ -9,98 +9,123 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from services.engine.device_tables import DeviceTables
 from services.engine.fused import FusedModel
-from services.engine.fused_attention import Projected
 from services.engine.graphs import captured
-from services.engine.step import Step
+from services.engine.kernels.mla_prefill import PrefillWork, queries_a_tile
+from services.engine.staging import Staging, fill, num_bytes
+from services.engine.step import AttentionCut, LongChunks, MixedArrays, Step, StepArrays
 
-_SIZES = (32, 64, 128, 192, 256, 384, 512)
+_SIZES = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+# What a graph has room for; a step with more is launched one by one.
+_MAX_ROWS = 256
+_MAX_KEYS = 32_768
+_MORE_TILES = 8  # besides those that one chunk of all tokens has
+# Up to here the keys of a tile may be split; more tokens keep the card busy as they are.
+_FEW_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True)
-class Widths:
-    """Of attention: heads, and numbers of one head's query and value and of a stored latent with its rope key."""
+class _Shape:
+    """What a graph is made for. Steps without rows need not look for them."""
 
-    num_heads: int
-    query: int
-    value: int
-    latent: int
+    num_tokens: int
+    num_rows: int
 
 
 class ChunkGraphs:
-    """Captured parts of one model's steps. They share inputs, outputs and the memory in between."""
+    """Captured steps of one model. They share inputs, outputs and the memory in between."""
 
     def __init__(
-        self, model: FusedModel, sampled_ids: Tensor, widths: Widths, max_tokens: int, dtype: torch.dtype, pool: Any
+        self,
+        model: FusedModel,
+        tables: DeviceTables,
+        sampled_ids: Tensor,
+        cut: AttentionCut,
+        hidden_size: int,
+        max_tokens: int,
+        pool: Any,
     ) -> None:
         """pool: of graphs that never run at the same time."""
         self._model = model
+        self._tables = tables
         self._sampled_ids = sampled_ids
+        self._cut = cut
         self._sizes = [size for size in _SIZES if size <= max_tokens]
-        device = sampled_ids.device
-        self._graphs: dict[int, list[torch.cuda.CUDAGraph]] = {}
-        self._results: dict[int, tuple[Tensor, Tensor]] = {}  # the residual stream, and what the last layer adds
-        if not self._sizes:
-            return
-        longest = self._sizes[-1]
-
-        def new(*sizes: int) -> Tensor:
-            return torch.zeros(longest, *sizes, dtype=dtype, device=device)
-
-        self._inputs = torch.zeros(3, longest, dtype=torch.int32, device=device)
-        heads = widths.num_heads
-        self._projected = Projected(new(heads, widths.query), new(widths.latent), new(heads, widths.latent))
-        self._attended = new(heads, widths.value)
+        self._graphs: dict[_Shape, torch.cuda.CUDAGraph] = {}
+        device = tables.tensor.device
+        longest = max(self._sizes, default=0)
+        self._outputs = torch.empty(2, longest, hidden_size, dtype=cut.dtype, device=device)  # see FusedModel.hidden
+        shapes = [_Shape(size, rows) for size in reversed(self._sizes) for rows in (min(size, _MAX_ROWS), 0)]
+        most = max((num_bytes(self._no_inputs(shape)) for shape in shapes), default=0)
+        self._inputs = torch.zeros(most, dtype=torch.uint8, device=device)
         stream = torch.cuda.Stream(device)
-        for size in reversed(self._sizes):
-            self._capture(size, pool, stream)
+        for shape in shapes:  # the largest first: others fit into its memory
+            self._capture(shape, pool, stream)
 
-    @property
-    def max_tokens(self) -> int:
-        """Longer steps are not for these graphs."""
-        return self._sizes[-1] if self._sizes else 0
+    def takes(self, arrays: MixedArrays) -> bool:
+        """Whether there is a graph for a step."""
+        shape = self._shape_of(arrays)
+        if shape is None or len(arrays.rows.context_lens) > shape.num_rows:
+            return False
+        long = arrays.long
+        return long is None or (long.cu_k[-1] <= _MAX_KEYS and len(long.tiles) <= self._max_tiles(shape))
 
-    def run(self, step: Step) -> Tensor:
-        """Logits of a step's rows, as FusedModel."""
-        num_tokens = len(step.token_ids)
-        size = next(size for size in self._sizes if size >= num_tokens)
-        for row, numbers in zip(self._inputs, (step.token_ids, step.positions, step.slots), strict=True):
-            row[:num_tokens].copy_(numbers)
-        self._inputs[2, num_tokens:size].fill_(-1)
-        projected, attended = _first_rows(self._projected, num_tokens), self._attended[:num_tokens]
-        first, *others = self._graphs[size]
-        first.replay()
-        for index, graph in enumerate(others):
-            self._model.attend(index, projected, step, attended)
-            graph.replay()
-        h, delta = self._results[size]
-        return self._model.logits(h[:num_tokens], delta[:num_tokens], step.logits_rows)
+    def run(self, arrays: MixedArrays, staging: Staging, logits_rows: Tensor) -> Tensor:
+        """Logits of a step's rows, as FusedModel. The block tables have been written, and keys are read from blocks."""
+        shape = self._shape_of(arrays)
+        assert shape is not None
+        inputs = self._no_inputs(shape) | arrays.rows.padded(shape.num_tokens, shape.num_rows).inputs()
+        del inputs["key_slots"]
+        if arrays.long is not None:
+            assert arrays.long.key_slots is not None
+            inputs["counts"] = arrays.long.counts
+            inputs["tiles"][: len(arrays.long.tiles)] = arrays.long.tiles
+            inputs["key_slots"] = arrays.long.key_slots  # the last: what follows need not be sent
+        staging.send(inputs, into=self._inputs)
+        self._graphs[shape].replay()
+        h, delta = self._outputs
+        return self._model.logits(h, delta, logits_rows)
 
-    def _capture(self, size: int, pool: Any, stream: torch.cuda.Stream) -> None:
-        token_ids, positions, slots = self._inputs[:, :size]
-        slots.fill_(-1)
-        # All tokens as rows: their queries are then in both places where attention looks for them.
-        step = Step(token_ids, positions, slots, slots, slots.view(-1, 1), None, None, None)
-        projected, attended = _first_rows(self._projected, size), self._attended[:size]
-        graph, (h, _) = captured(lambda: self._model.begin(step, self._sampled_ids, projected), pool, stream)
-        graphs = [graph]
-        last = self._model.num_layers - 1
+    def _shape_of(self, arrays: MixedArrays) -> _Shape | None:
+        """The smallest one that holds the tokens."""
+        num_tokens = len(arrays.rows.token_ids)
+        size = next((size for size in self._sizes if size >= num_tokens), None)
+        return None if size is None else _Shape(size, min(size, _MAX_ROWS) if len(arrays.rows.context_lens) else 0)
 
-        def between(index: int) -> Tensor:
-            delta = self._model.close(index, h, attended)
-            if index < last:
-                self._model.open(index + 1, h, delta, step, projected)
-            return delta
+    def _max_tiles(self, shape: _Shape) -> int:
+        return -(-shape.num_tokens // queries_a_tile(self._cut.dtype)) + _MORE_TILES
 
-        for index in range(last + 1):
-            graph, delta = captured(lambda i=index: between(i), pool, stream)  # type: ignore[misc]
-            graphs.append(graph)
-        self._graphs[size] = graphs
-        self._results[size] = (h, delta)
+    def _no_inputs(self, shape: _Shape) -> dict[str, np.ndarray]:
+        """Of a step in which nothing is stored and nobody attends."""
+        none = np.zeros(0, np.int32)
+        nobody = StepArrays(none, none, none, none, none, none, none).padded(shape.num_tokens, shape.num_rows)
+        return nobody.inputs() | {
+            "tiles": np.zeros((self._max_tiles(shape), 4), np.int32),
+            "counts": np.array([0, 0, 1, 1, 0, 0], np.int32),
+            "key_slots": np.zeros(_MAX_KEYS, np.int32),
+        }
 
+    def _capture(self, shape: _Shape, pool: Any, stream: torch.cuda.Stream) -> None:
+        inputs = fill(self._no_inputs(shape), self._inputs)
+        may_split = shape.num_tokens <= _FEW_TOKENS
+        self._graphs[shape], _ = captured(lambda: self._step(inputs, may_split=may_split), pool, stream)
 
-def _first_rows(projected: Projected, num_rows: int) -> Projected:
-    return Projected(projected.q[:num_rows], projected.latents[:num_rows], projected.absorbed[:num_rows])
+    def _step(self, inputs: dict[str, Tensor], *, may_split: bool) -> None:
+        work = PrefillWork(inputs["tiles"], inputs["counts"], may_split)
+        step = Step(
+            inputs["token_ids"],
+            inputs["positions"],
+            inputs["slots"],
+            inputs["context_lens"],
+            self._tables.tensor.index_select(0, inputs["table_rows"]),
+            None,
+            LongChunks([], [], inputs["key_slots"], inputs["counts"][:1], work),
+            None,
+        )
+        for output, numbers in zip(self._outputs, self._model.hidden(step, self._sampled_ids), strict=True):
+            output[: len(numbers)].copy_(numbers)

@@ -62,33 +62,33 @@ class FusedModel:
 
         sampled_ids: those of the step before, see `embed_tokens`.
         """
-        h, projected = self.begin(step, sampled_ids)
-        heads, width = self._config.num_attention_heads, self._config.v_head_dim
-        delta = h
-        for index in range(self.num_layers):
-            attended = h.new_empty(len(h), heads, width)
-            self.attend(index, projected, step, attended)
-            delta = self.close(index, h, attended)
-            if index + 1 < self.num_layers:
-                projected = self.open(index + 1, h, delta, step)
-        return self.logits(h, delta, step.logits_rows, out)
+        return self.logits(*self.hidden(step, sampled_ids), step.logits_rows, out)
 
-    # The parts of a step. Attention alone depends on more than the number of tokens: the rest can be captured.
-
-    @property
-    def num_layers(self) -> int:
-        return len(self._layers)
-
-    def begin(self, step: Step, sampled_ids: Tensor, into: Projected | None = None) -> tuple[Tensor, Projected]:
-        """The residual stream [T, D], which later parts change in place, and what the first layer attends with."""
+    def hidden(self, step: Step, sampled_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores the step's KV and returns the residual stream [T, D], and what the last layer adds to it, [T, D]."""
         h = embed_tokens(step.token_ids, sampled_ids, self._model.model.embed_tokens.weight)
-        return h, self.open(0, h, None, step, into)
+        delta: Tensor | None = None
+        for index, layer in enumerate(self._layers):
+            projected = self._project(index, h, delta, step)
+            attended = h.new_empty(len(h), self._config.num_attention_heads, self._config.v_head_dim)
+            self._attention.attend(index, layer.self_attn, projected, step, attended)
+            delta = self._output_projections[index](attended.flatten(1))
+            norm = layer.post_attention_layernorm
+            delta = self._feed_forwards[index](add_rms_norm(h, delta, norm.weight, norm.eps))
+        assert delta is not None, "a model has layers"
+        return h, delta
 
-    def open(self, index: int, h: Tensor, delta: Tensor | None, step: Step, into: Projected | None = None) -> Projected:
-        """From the residual stream and what the layer before adds to it to this layer's queries and stored latents.
+    def logits(self, h: Tensor, delta: Tensor, rows: Tensor | None, out: Tensor | None = None) -> Tensor:
+        """Of the residual stream's rows (None: all), [rows, V]."""
+        norm = self._model.model.norm
+        if rows is not None:
+            h, delta = h.index_select(0, rows), delta.index_select(0, rows)
+        x = add_rms_norm(h, delta, norm.weight, norm.eps)
+        head = self._model.model.embed_tokens if self._config.tie_word_embeddings else self._model.lm_head
+        return torch.mm(x, head.weight.t(), out=out)
 
-        into: tensors of these sizes to use instead of new ones.
-        """
+    def _project(self, index: int, h: Tensor, delta: Tensor | None, step: Step) -> Projected:
+        """From the residual stream and what the layer before adds to it to this layer's queries and stored latents."""
         config, layer = self._config, self._layers[index]
         projections = layer.self_attn
         x = add_rms_norm(h, delta, layer.input_layernorm.weight, layer.input_layernorm.eps)
@@ -99,11 +99,7 @@ class FusedModel:
             first = add_rms_norm(first, None, projections.q_a_layernorm.weight, projections.q_a_layernorm.eps)
             first = projections.q_b_proj(first)
         q = first.unflatten(-1, (config.num_attention_heads, -1))
-        if into is not None:
-            q, latents, absorbed = into.q.copy_(q), into.latents.copy_(latents), into.absorbed
-        else:
-            width = config.kv_lora_rank + config.qk_rope_head_dim
-            absorbed = q.new_empty(step.num_rows, config.num_attention_heads, width)
+        absorbed = q.new_empty(step.num_rows, q.shape[1], config.kv_lora_rank + config.qk_rope_head_dim)
         mla_store(
             q,
             latents,
@@ -117,25 +113,6 @@ class FusedModel:
             absorbed,
         )
         return Projected(q, latents, absorbed)
-
-    def attend(self, index: int, projected: Projected, step: Step, out: Tensor) -> None:
-        """Attention of a layer, into out [T, H, V]."""
-        self._attention.attend(index, self._layers[index].self_attn, projected, step, out)
-
-    def close(self, index: int, h: Tensor, attended: Tensor) -> Tensor:
-        """From a layer's attention to what the layer adds to the residual stream last, [T, D]."""
-        norm = self._layers[index].post_attention_layernorm
-        delta = self._output_projections[index](attended.flatten(1))
-        return self._feed_forwards[index](add_rms_norm(h, delta, norm.weight, norm.eps))
-
-    def logits(self, h: Tensor, delta: Tensor, rows: Tensor | None, out: Tensor | None = None) -> Tensor:
-        """Of the residual stream's rows (None: all), [rows, V]."""
-        norm = self._model.model.norm
-        if rows is not None:
-            h, delta = h.index_select(0, rows), delta.index_select(0, rows)
-        x = add_rms_norm(h, delta, norm.weight, norm.eps)
-        head = self._model.model.embed_tokens if self._config.tie_word_embeddings else self._model.lm_head
-        return torch.mm(x, head.weight.t(), out=out)
 
     def _feed_forward(self, mlp: nn.Module, rounds: bool) -> Product:
         if not isinstance(mlp, MoE):

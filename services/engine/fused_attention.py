@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from services.engine.attention import Projections
 from services.engine.config import ModelConfig
+from services.engine.kernels.expand_latents import expand_latents
 from services.engine.kernels.gather_latents import gather_latents
 from services.engine.kernels.mla_decode import mla_decode
 from services.engine.kernels.mla_prefill import mla_prefill
@@ -48,7 +48,7 @@ class FusedAttention:
         if num_rows:
             self._attend_rows(layer, projections, q[:num_rows], absorbed[:num_rows], out[:num_rows], step)
         if step.long is not None:
-            self._attend_long(layer, projections, q[num_rows:], latents[num_rows:], out[num_rows:], step.long)
+            self._attend_long(layer, projections, q, latents[num_rows:], out, step.long)
 
     def _attend_rows(
         self, layer: int, projections: Projections, q: Tensor, absorbed: Tensor, out: Tensor, step: Step
@@ -70,18 +70,20 @@ class FusedAttention:
     def _attend_long(
         self, layer: int, projections: Projections, q: Tensor, latents: Tensor, out: Tensor, long: LongChunks
     ) -> None:
-        config = self._config
+        config, rank = self._config, self._config.kv_lora_rank
         if long.key_slots is not None:
             pool = self._cache.pool[:, layer]
-            latents = gather_latents(pool, long.key_slots, config.kv_lora_rank, latents.dtype)
-        latent, rope = latents.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
+            latents = gather_latents(pool, long.key_slots, rank, latents.dtype, long.num_keys)
+        latent, rope = latents.split((rank, config.qk_rope_head_dim), dim=-1)
         width = config.qk_nope_head_dim + config.v_head_dim
         bytes_a_head = len(latents) * width * latents.element_size()
         num_heads = min(config.num_attention_heads, max(1, EXPANDED_BYTES // bytes_a_head))
         weight = projections.kv_b_proj.weight
         for head in range(0, config.num_attention_heads, num_heads):
             part = weight[head * width : (head + num_heads) * width]
-            expanded = F.linear(latent, part).unflatten(-1, (-1, width))
+            expanded = expand_latents(latent, part, long.num_keys).unflatten(-1, (-1, width))
             keys, values = expanded.split((config.qk_nope_head_dim, config.v_head_dim), dim=-1)
             heads = slice(head, head + expanded.shape[1])
-            out[:, heads] = mla_prefill(q[:, heads], keys, rope, values, self._scale, long.cu_q, long.cu_k, long.tiles)
+            mla_prefill(
+                q[:, heads], keys, rope, values, self._scale, long.cu_q, long.cu_k, long.work, out[:, heads]
+            )  # fmt: skip

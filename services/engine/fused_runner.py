@@ -9,19 +9,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from services.engine.chunk_graphs import ChunkGraphs, Widths
+from services.engine.chunk_graphs import ChunkGraphs
 from services.engine.device_tables import DeviceTables
 from services.engine.fused import FusedModel
 from services.engine.fused_attention import EXPANDED_BYTES
 from services.engine.graphs import DecodeGraphs, cuts
 from services.engine.kernels.draw_tokens import Draws, draw_tokens
+from services.engine.kernels.multiprocessors import num_multiprocessors
 from services.engine.kv_cache import KVCache
 from services.engine.largest_steps import draws_of_all_kinds, largest_steps
 from services.engine.model import DeepseekForCausalLM
 from services.engine.rotary import RotaryEmbedding
 from services.engine.scheduler import Chunk
 from services.engine.staging import Staging
-from services.engine.step import decode_arrays, decode_step, is_decode, mixed_step
+from services.engine.step import AttentionCut, decode_arrays, decode_step, is_decode, mixed_arrays, mixed_step
 
 # Launches whose ids are still to be read, and the one being made.
 _NUM_FLIGHTS = 3
@@ -39,6 +40,12 @@ class FusedRunner:
         self._fused = FusedModel(model, cache, RotaryEmbedding(model.config, max_seq_len, device))
         self._tables = DeviceTables(max_num_sequences, -(-max_seq_len // cache.layout.block_size), device)
         self._staging = Staging(device)
+        self._cut = AttentionCut(
+            model.config.num_attention_heads,
+            num_multiprocessors(device),
+            cache.compute_dtype,
+            reads_back=cache.layout.dtype != cache.compute_dtype,
+        )
         self._sampled_ids = torch.zeros(max_num_sequences, dtype=torch.int32, device=device)
         self._ids_on_host = [HostIds(max_num_sequences, device) for _ in range(_NUM_FLIGHTS)]
         self._graphs: DecodeGraphs | None = None
@@ -57,7 +64,7 @@ class FusedRunner:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
-        for step in largest_steps(max_num_tokens, len(self._sampled_ids), self.cache, self.device):
+        for step in largest_steps(max_num_tokens, len(self._sampled_ids), self._cut, self.device):
             logits = self._fused(step, self._sampled_ids)
             draw_tokens(logits, draws_of_all_kinds(logits), self._sampled_ids[: len(logits)])
         torch.cuda.synchronize(self.device)
@@ -76,9 +83,9 @@ class FusedRunner:
         self._graphs = DecodeGraphs(
             self._fused, self._tables, self._sampled_ids, config.vocab_size, max_rows, dtype, pool, progress
         )
-        latent = config.kv_lora_rank + config.qk_rope_head_dim
-        widths = Widths(config.num_attention_heads, config.qk_head_dim, config.v_head_dim, latent)
-        self._chunk_graphs = ChunkGraphs(self._fused, self._sampled_ids, widths, max_num_tokens, dtype, pool)
+        self._chunk_graphs = ChunkGraphs(
+            self._fused, self._tables, self._sampled_ids, self._cut, config.hidden_size, max_num_tokens, pool
+        )
         return self._graphs.num_sizes
 
     @torch.inference_mode()
@@ -110,16 +117,21 @@ class FusedRunner:
         self, chunks: ListLike[Chunk], draws: dict[str, np.ndarray], sampled_rows: ListLike[int] | None
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
         """Logits, and what was sent along with the step; None if the tokens are sampled already."""
-        layout = self.cache.layout
+        block_size = self.cache.layout.block_size
         if is_decode(chunks):
-            arrays = decode_arrays(chunks, self._tables, layout.block_size, sampled_rows)
+            rows = decode_arrays(chunks, self._tables, block_size, sampled_rows)
             if self._graphs is not None:
-                return self._graphs.run(arrays, self._staging, draws or None), None
-            step, sent = decode_step(arrays, self._tables, layout.block_size, self._staging, draws)
-        else:
-            step, sent = mixed_step(chunks, self._tables, layout, self._staging, self.cache.compute_dtype, draws)
-            if self._chunk_graphs is not None and len(step.token_ids) <= self._chunk_graphs.max_tokens:
-                return self._chunk_graphs.run(step), sent
+                return self._graphs.run(rows, self._staging, draws or None), None
+            step, sent = decode_step(rows, self._tables, block_size, self._staging, draws)
+            return self._fused(step, self._sampled_ids), sent
+        graphs = self._chunk_graphs
+        arrays = mixed_arrays(chunks, self._tables, block_size, self._cut, always_reads=graphs is not None)
+        if graphs is not None and graphs.takes(arrays):
+            sent = self._staging.send(arrays.rows.updates() | {"logits_rows": arrays.logits_rows} | draws)
+            if len(arrays.rows.places):
+                self._tables.write(sent["places"], sent["ids"])
+            return graphs.run(arrays, self._staging, sent["logits_rows"]), sent
+        step, sent = mixed_step(arrays, self._tables, block_size, self._staging, draws)
         return self._fused(step, self._sampled_ids), sent
 
 

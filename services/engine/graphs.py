@@ -16,7 +16,7 @@ from torch import Tensor
 from services.engine.device_tables import DeviceTables
 from services.engine.fused import FusedModel
 from services.engine.kernels.draw_tokens import Draws, draw_tokens
-from services.engine.staging import Staging, num_bytes, views
+from services.engine.staging import Staging, fill, num_bytes
 from services.engine.step import Step, StepArrays
 
 T = TypeVar("T")
@@ -91,7 +91,7 @@ class DecodeGraphs:
         if len(arrays.places):
             sent = staging.send(arrays.updates())
             self._tables.write(sent["places"], sent["ids"])
-        inputs = arrays.padded(size).inputs()
+        inputs = arrays.padded(size, size).inputs()
         if draws is not None:
             none = self._no_draws(size - num_rows)
             inputs |= {name: np.concatenate((draws[name], padding)) for name, padding in none.items()}
@@ -103,10 +103,7 @@ class DecodeGraphs:
         return self._logits[:num_rows]
 
     def _capture(self, size: int, pool: Any, stream: torch.cuda.Stream) -> None:
-        arrays = _padding(size).inputs() | self._no_draws(size)
-        padding = torch.from_numpy(np.concatenate([_bytes(array) for array in arrays.values()]))
-        self._inputs[: len(padding)].copy_(padding)
-        inputs = views(arrays, self._inputs)
+        inputs = fill(_padding(size).inputs() | self._no_draws(size), self._inputs)
         draws = Draws(*(inputs[name] for name in ("temperature", "floor", "top_k", "top_p", "keys")))
 
         def sample(cuts_k: bool, cuts_p: bool) -> None:
@@ -141,9 +138,4 @@ def cuts(draws: dict[str, np.ndarray], vocab_size: int) -> tuple[bool, bool]:
 
 def _padding(num_rows: int) -> StepArrays:
     none = np.zeros(0, np.int32)
-    return StepArrays(none, none, none, none, none, np.zeros(0, np.int64), none).padded(num_rows)
-
-
-def _bytes(array: np.ndarray) -> np.ndarray:
-    """As `Staging` lays it out."""
-    return np.pad(array.view(np.uint8), (0, -array.nbytes % 16))
+    return StepArrays(none, none, none, none, none, np.zeros(0, np.int64), none).padded(num_rows, num_rows)

@@ -9,15 +9,14 @@ import torch
 from torch import Tensor
 
 from services.engine.kernels.draw_tokens import Draws
-from services.engine.kernels.mla_prefill import query_tiles
-from services.engine.kv_cache import KVCache
-from services.engine.step import LongChunks, Step
+from services.engine.kernels.mla_prefill import PrefillWork
+from services.engine.step import AttentionCut, LongChunks, Step
 
 _FEW_TOKENS = 32
 _PREFIX = 4096
 
 
-def largest_steps(max_num_tokens: int, max_rows: int, cache: KVCache, device: torch.device) -> Iterator[Step]:
+def largest_steps(max_num_tokens: int, max_rows: int, cut: AttentionCut, device: torch.device) -> Iterator[Step]:
     """A prompt of max_num_tokens, with logits of as many rows as can be sampled; and max_rows single tokens.
 
     Before them a few tokens after a long prefix, beside a single one: the other ways that attention can take.
@@ -26,22 +25,22 @@ def largest_steps(max_num_tokens: int, max_rows: int, cache: KVCache, device: to
     def numbers(count: int, value: int = 0) -> Tensor:
         return torch.full((count,), value, dtype=torch.int32, device=device)
 
+    def long(first: int, num_queries: int, num_keys: int, *, reads: bool) -> LongChunks:
+        cu_q, cu_k = [first, first + num_queries], [0, num_keys]
+        work = PrefillWork.of(cu_q, cu_k, cut.num_heads, cut.dtype, device)
+        return LongChunks(cu_q, cu_k, numbers(num_keys) if reads else None, None, work)
+
     none = numbers(0)
     num_logits = min(max_rows, max_num_tokens)
-    bounds = [0, max_num_tokens]
-    tiles = torch.from_numpy(query_tiles(bounds, bounds, cache.compute_dtype)).to(device)
-    reads_back = cache.layout.dtype != cache.compute_dtype
-    long = LongChunks(bounds, bounds, numbers(max_num_tokens) if reads_back else None, tiles)
     rows = torch.arange(num_logits, device=device)
-    few, prefix = min(_FEW_TOKENS, max_num_tokens - 1), [0, _PREFIX]
+    few = min(_FEW_TOKENS, max_num_tokens - 1)
     if few > 0:
-        bounds_few = [0, few]
-        tiles_few = torch.from_numpy(query_tiles(bounds_few, prefix, cache.compute_dtype)).to(device)
-        after_prefix = LongChunks(bounds_few, prefix, numbers(_PREFIX), tiles_few)
-        tokens = numbers(1 + few)
-        yield Step(tokens, tokens, numbers(1 + few, -1), numbers(1), numbers(1).view(1, 1), 1, after_prefix, rows[:1])
+        tokens, one = numbers(1 + few), numbers(1)
+        prefix = long(1, few, _PREFIX, reads=True)
+        yield Step(tokens, tokens, numbers(1 + few, -1), one, one.view(1, 1), 1, prefix, rows[:1])
     tokens = numbers(max_num_tokens)
-    yield Step(tokens, tokens, numbers(max_num_tokens, -1), none, none.view(0, 1), 0, long, rows)
+    whole = long(0, max_num_tokens, max_num_tokens, reads=cut.reads_back)
+    yield Step(tokens, tokens, numbers(max_num_tokens, -1), none, none.view(0, 1), 0, whole, rows)
     tokens = numbers(max_rows)
     yield Step(tokens, tokens, numbers(max_rows, -1), tokens, tokens.view(-1, 1), None, None, None)
 

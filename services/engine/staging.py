@@ -55,6 +55,14 @@ def views(arrays: Mapping[str, np.ndarray], target: Tensor) -> dict[str, Tensor]
     return result
 
 
+def fill(arrays: Mapping[str, np.ndarray], target: Tensor) -> dict[str, Tensor]:
+    """Puts the arrays where `send` would, and waits for it; `views` of them."""
+    result = views(arrays, target)
+    for name, array in arrays.items():
+        result[name].copy_(torch.from_numpy(array))
+    return result
+
+
 _TORCH_DTYPES = {"int32": torch.int32, "int64": torch.int64, "float32": torch.float32}
 
 

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from services.engine.batch import wants_all_logits
 from services.engine.device_tables import DeviceTables
-from services.engine.kernels.mla_prefill import query_tiles
-from services.engine.kv_cache import KVLayout
+from services.engine.kernels.mla_prefill import PrefillWork, is_split, query_tiles, work_counts
 from services.engine.scheduler import Chunk
 from services.engine.staging import Staging
 
@@ -27,16 +26,17 @@ MAX_SHORT_TOKENS = 16
 
 @dataclass(frozen=True, slots=True)
 class LongChunks:
-    """The chunks that are expanded. cu_q, cu_k: bounds of their queries and keys, each beginning at 0.
+    """The chunks that are expanded. cu_q, cu_k: bounds of their queries, among the step's tokens, and of their keys.
 
     key_slots: int32 [keys], where their keys' latents are; None if the queries' own are all there is, unchanged.
-    tiles: what `mla_prefill` takes.
+    num_keys: int32 [1], how many of them there are; None: all. A captured step has its bounds in `work` alone.
     """
 
     cu_q: list[int]
     cu_k: list[int]
     key_slots: Tensor | None
-    tiles: Tensor
+    num_keys: Tensor | None
+    work: PrefillWork
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,23 +88,62 @@ class StepArrays:
         """What goes to the block tables before."""
         return {"places": self.places, "ids": self.ids} if len(self.places) else {}
 
-    def padded(self, num_rows: int) -> StepArrays:
-        """With rows of length 0 that store nothing; for a step of rows alone."""
-        missing = num_rows - len(self.token_ids)
-        if not missing:
-            return self
+    def padded(self, num_tokens: int, num_rows: int) -> StepArrays:
+        """With tokens that store nothing, and rows of length 0."""
+        more_tokens, more_rows = num_tokens - len(self.token_ids), num_rows - len(self.context_lens)
 
-        def pad(array: np.ndarray, value: int) -> np.ndarray:
-            return np.concatenate((array, np.full(missing, value, array.dtype)))
+        def pad(array: np.ndarray, missing: int, value: int = 0) -> np.ndarray:
+            return np.concatenate((array, np.full(missing, value, array.dtype))) if missing else array
 
         return replace(
             self,
-            token_ids=pad(self.token_ids, 0),
-            positions=pad(self.positions, 0),
-            slots=pad(self.slots, -1),
-            context_lens=pad(self.context_lens, 0),
-            table_rows=pad(self.table_rows, 0),
+            token_ids=pad(self.token_ids, more_tokens),
+            positions=pad(self.positions, more_tokens),
+            slots=pad(self.slots, more_tokens, -1),
+            context_lens=pad(self.context_lens, more_rows),
+            table_rows=pad(self.table_rows, more_rows),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class LongArrays:
+    """Long chunks before they are sent: see `LongChunks`, `query_tiles` and `work_counts`.
+
+    key_slots: None where the queries' own latents are all there is.
+    """
+
+    cu_q: list[int]
+    cu_k: list[int]
+    tiles: np.ndarray
+    counts: np.ndarray
+    key_slots: np.ndarray | None
+
+    def inputs(self) -> dict[str, np.ndarray]:
+        """What the forward pass reads."""
+        slots = {} if self.key_slots is None else {"key_slots": self.key_slots}
+        return {"tiles": self.tiles, "counts": self.counts} | slots
+
+
+@dataclass(frozen=True, slots=True)
+class MixedArrays:
+    """A step of any chunks before it is sent. rows: of its short chunks; their tokens, then those of the long ones."""
+
+    rows: StepArrays
+    long: LongArrays | None
+    logits_rows: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCut:
+    """What attention is cut by: the model's heads, the card's multiprocessors, the numbers that are computed with.
+
+    reads_back: what is stored differs from what was computed, so that keys are always read from the blocks.
+    """
+
+    num_heads: int
+    num_sms: int
+    dtype: torch.dtype
+    reads_back: bool
 
 
 def is_decode(chunks: ListLike[Chunk]) -> bool:
@@ -151,19 +190,13 @@ def _rows(arrays: StepArrays, sent: Mapping[str, Tensor], tables: DeviceTables, 
     )
 
 
-def mixed_step(
-    chunks: ListLike[Chunk],
-    tables: DeviceTables,
-    layout: KVLayout,
-    staging: Staging,
-    dtype: torch.dtype,
-    more: dict[str, np.ndarray],
-) -> tuple[Step, dict[str, Tensor]]:
-    """A step of any chunks, computed in `dtype`, and `more` arrays sent along with it.
+def mixed_arrays(
+    chunks: ListLike[Chunk], tables: DeviceTables, block_size: int, cut: AttentionCut, *, always_reads: bool = False
+) -> MixedArrays:
+    """A step of any chunks. always_reads: even keys that are all the step's own are to be read from the blocks.
 
     Logits: every row of a chunk that wants prompt logprobs, else the sampled ones, in the order of the chunks.
     """
-    block_size = layout.block_size
     table_rows, places, ids = tables.rows_of([chunk.seq for chunk in chunks])
     order = sorted(range(len(chunks)), key=lambda i: chunks[i].num_tokens > MAX_SHORT_TOKENS)
     num_short = sum(chunk.num_tokens <= MAX_SHORT_TOKENS for chunk in chunks)
@@ -181,14 +214,22 @@ def mixed_step(
     arrays = StepArrays(
         np.array(token_ids, np.int32), positions, slots, positions[:num_rows] + 1, rows.astype(np.int32), places, ids
     )
-    long = ordered[num_short:]
-    extra = {"logits_rows": _logits_rows(chunks, starts)}
-    if long:
-        extra |= _long_arrays(long, layout, dtype)
-    sent = staging.send(arrays.updates() | arrays.inputs() | extra | more)
-    expanded = LongChunks(*_bounds(long), sent.get("key_slots"), sent["tiles"]) if long else None
-    step = _rows(arrays, sent, tables, block_size)
-    return replace(step, long=expanded, logits_rows=sent["logits_rows"]), sent
+    long = _long_arrays(ordered[num_short:], num_rows, block_size, cut, always_reads) if ordered[num_short:] else None
+    return MixedArrays(arrays, long, _logits_rows(chunks, starts))
+
+
+def mixed_step(
+    arrays: MixedArrays, tables: DeviceTables, block_size: int, staging: Staging, more: dict[str, np.ndarray]
+) -> tuple[Step, dict[str, Tensor]]:
+    """The step, and `more` arrays sent along with it."""
+    long = arrays.long
+    extra = {"logits_rows": arrays.logits_rows} | (long.inputs() if long is not None else {})
+    sent = staging.send(arrays.rows.updates() | arrays.rows.inputs() | extra | more)
+    step = replace(_rows(arrays.rows, sent, tables, block_size), logits_rows=sent["logits_rows"])
+    if long is None:
+        return step, sent
+    work = PrefillWork(sent["tiles"], sent["counts"], is_split(long.counts))
+    return replace(step, long=LongChunks(long.cu_q, long.cu_k, sent.get("key_slots"), None, work)), sent
 
 
 def _positions(chunk: Chunk) -> np.ndarray:
@@ -201,21 +242,21 @@ def _slots(chunk: Chunk, positions: np.ndarray, block_size: int) -> np.ndarray:
     return slots
 
 
-def _bounds(long: ListLike[Chunk]) -> tuple[list[int], list[int]]:
-    cu_q, cu_k = [0], [0]
+def _long_arrays(
+    long: ListLike[Chunk], num_rows: int, block_size: int, cut: AttentionCut, always_reads: bool
+) -> LongArrays:
+    cu_q, cu_k = [num_rows], [0]
     for chunk in long:
         cu_q.append(cu_q[-1] + chunk.num_tokens)
         cu_k.append(cu_k[-1] + chunk.start + chunk.num_tokens)
-    return cu_q, cu_k
-
-
-def _long_arrays(long: ListLike[Chunk], layout: KVLayout, dtype: torch.dtype) -> dict[str, np.ndarray]:
-    arrays = {"tiles": query_tiles(*_bounds(long), dtype)}
-    if layout.dtype != dtype or any(chunk.start for chunk in long):
+    tiles = query_tiles(cu_q, cu_k, cut.dtype)
+    counts = work_counts(cu_q, cu_k, len(tiles), cut.num_heads, cut.num_sms)
+    key_slots = None
+    if always_reads or cut.reads_back or any(chunk.start for chunk in long):
         all_positions = [np.arange(chunk.start + chunk.num_tokens, dtype=np.int32) for chunk in long]
-        slots = [_slots(chunk, each, layout.block_size) for chunk, each in zip(long, all_positions, strict=True)]
-        arrays["key_slots"] = np.concatenate(slots)
-    return arrays
+        slots = [_slots(chunk, each, block_size) for chunk, each in zip(long, all_positions, strict=True)]
+        key_slots = np.concatenate(slots)
+    return LongArrays(cu_q, cu_k, tiles, counts, key_slots)
 
 
 def _logits_rows(chunks: ListLike[Chunk], starts: ListLike[int]) -> np.ndarray:

@@ -108,6 +108,8 @@ def test_mla_store_and_gather(kv_dtype: str, dtype: torch.dtype, heads: int, nop
         function(q, latents, norm_weight, 1e-6, positions, angles.cos(), angles.sin(), cache[:, 1], slots, absorbed)
         read = gather_latents(cache[:, 1], slots[slots >= 0], latent, dtype)
         assert relative_error(read, gather_latents_reference(cache[:, 1], slots[slots >= 0], latent, dtype)) < 1e-6
+        few = gather_latents(cache[:, 1], slots[slots >= 0], latent, dtype, torch.tensor([5], device="cuda").int())
+        assert torch.equal(few[:5], read[:5])
         assert not cache[:, 0].any()
         assert not cache[:, 2].any()
         results.append((q[absorbed_rows:], q[..., :nope], latents, absorbed, read))

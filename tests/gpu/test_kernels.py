@@ -7,9 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from services.engine.kernels.expand_latents import expand_latents, expand_latents_reference
 from services.engine.kernels.fp8_linear import fp8_linear, fp8_linear_reference
 from services.engine.kernels.mla_decode import mla_decode, mla_decode_reference, unpack_latents
-from services.engine.kernels.mla_prefill import mla_prefill, mla_prefill_reference
+from services.engine.kernels.mla_prefill import PrefillWork, mla_prefill, mla_prefill_reference
 from services.engine.kernels.moe_experts import moe_experts, moe_experts_reference
 from tests.kernel_inputs import decode_inputs, fp8_experts, fp8_weight, pack_latents, relative_error
 
@@ -186,6 +187,49 @@ def test_prefill_keeps_a_broken_sequence_to_itself() -> None:
     assert torch.equal(broken[: cu_q[1]], out[: cu_q[1]])
     assert torch.equal(broken[cu_q[2] :], out[cu_q[2] :])
     assert broken[cu_q[1] : cu_q[2]].isnan().all()
+
+
+def test_a_captured_prefill_is_given_other_work() -> None:
+    """One graph, with room for more tokens, keys and tiles than there are; what is nobody's stays as it is."""
+    num_heads, room_q, room_k = 4, 300, 9000
+    q = torch.randn(room_q, num_heads, 192, device="cuda").bfloat16()
+    k, v = (torch.randn(room_k, num_heads, 128, device="cuda").bfloat16() for _ in range(2))
+    k_rope = torch.randn(room_k, 64, device="cuda").bfloat16()
+    out = torch.full((room_q, num_heads, 128), 7.0, device="cuda", dtype=torch.bfloat16)
+    work = PrefillWork(torch.zeros(20, 4, device="cuda").int(), torch.tensor([0, 0, 1, 1, 0, 0]).int().cuda(), True)
+    run, out = _captured(lambda: mla_prefill(q, k, k_rope, v, 0.1, [], [], work, out))
+    run()
+    assert bool((out == 7.0).all())
+    for first, pairs in ((3, [(200, 8900)]), (0, [(17, 17), (130, 2500), (60, 60)]), (50, [(20, 1030)])):
+        out.fill_(7.0)
+        cu_q, cu_k = _lengths(pairs)
+        cu_q = [first + end for end in cu_q]
+        now = PrefillWork.of(cu_q, cu_k, num_heads, q.dtype, q.device)
+        work.tiles[: len(now.tiles)] = now.tiles
+        work.counts.copy_(now.counts)
+        run()
+        expected = mla_prefill_reference(q.double(), k.double(), k_rope.double(), v.double(), 0.1, cu_q, cu_k)
+        used = slice(cu_q[0], cu_q[-1])
+        assert relative_error(out[used], expected[used]) < TOLERANCES[torch.bfloat16]
+        assert bool((out[: cu_q[0]] == 7.0).all())
+        assert bool((out[cu_q[-1] :] == 7.0).all())
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize(("channels", "outputs"), [(512, 4096), (48, 80), (128, 6 * 40)])
+def test_expanding_as_many_latents_as_there_are(dtype: torch.dtype, channels: int, outputs: int) -> None:
+    room = 1000
+    latents = torch.randn(room, channels + 16, device="cuda").to(dtype)[:, :channels]
+    weight = torch.randn(outputs, channels, device="cuda").to(dtype) / channels**0.5
+    num_keys = torch.zeros(1, dtype=torch.int32, device="cuda")
+    run, out = _captured(lambda: expand_latents(latents, weight, num_keys))
+    expected = expand_latents_reference(latents.double(), weight.double())
+    for count in (0, 1, 127, 128, 700, room):
+        num_keys.fill_(count)
+        out.fill_(7.0)
+        run()
+        assert count == 0 or relative_error(out[:count], expected[:count]) < TOLERANCES[dtype]
+        assert bool((out[-(-count // 128) * 128 :] == 7.0).all())
 
 
 def _lengths(pairs: list[tuple[int, int]]) -> tuple[list[int], list[int]]:

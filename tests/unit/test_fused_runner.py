@@ -120,7 +120,7 @@ def test_steps_made_up_to_be_measured_store_nothing(name: str, kv_dtype: str, ma
     assert isinstance(runner, FusedRunner)
     sizes = []
     with torch.inference_mode():
-        for step in largest_steps(max_num_tokens, 4, runner.cache, CPU):
+        for step in largest_steps(max_num_tokens, 4, runner._cut, CPU):
             logits = runner._fused(step, runner._sampled_ids)
             draw_tokens(logits, draws_of_all_kinds(logits), runner._sampled_ids[: len(logits)])
             sizes.append((len(step.token_ids), len(logits)))

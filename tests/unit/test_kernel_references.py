@@ -7,7 +7,7 @@ import torch
 
 from services.engine.kernels.fp8_linear import dequantize, fp8_linear, quantize_activations
 from services.engine.kernels.mla_decode import mla_decode, unpack_latents
-from services.engine.kernels.mla_prefill import mla_prefill, mla_prefill_reference
+from services.engine.kernels.mla_prefill import mla_prefill, mla_prefill_reference, query_tiles, work_counts
 from services.engine.kernels.moe_experts import moe_experts
 from tests.kernel_inputs import decode_inputs, fp8_experts, fp8_weight, pack_latents, relative_error
 
@@ -145,3 +145,20 @@ def _exact_activations(x: torch.Tensor, rounds: bool = False) -> torch.Tensor:
             scale = torch.exp2(torch.ceil(torch.log2(scale)))
         out[start : start + 128] = (part / scale).to(torch.float8_e4m3fn).double() * scale.double()
     return out
+
+
+@pytest.mark.parametrize("num_heads", [1, 16, 128])
+@pytest.mark.parametrize("pairs", [[(200, 16_000)], [(17, 17)], [(480, 8000), (100, 4000)], [(5, 900)] * 40])
+def test_keys_are_split_while_the_card_has_places_left(num_heads: int, pairs: list[tuple[int, int]]) -> None:
+    cu_q, cu_k = [3], [0]
+    for num_queries, num_keys in pairs:
+        cu_q.append(cu_q[-1] + num_queries)
+        cu_k.append(cu_k[-1] + num_keys)
+    num_tiles = len(query_tiles(cu_q, cu_k, torch.bfloat16))
+    keys, tiles, parts, heads_at_once, first, end = work_counts(cu_q, cu_k, num_tiles, num_heads, 132).tolist()
+    assert (keys, tiles, first, end) == (cu_k[-1], num_tiles, 3, cu_q[-1])
+    assert 1 <= heads_at_once <= num_heads
+    assert parts == 1 or parts * tiles * num_heads <= 132
+    assert parts <= max(1, max(num_keys for _, num_keys in pairs) // 1000)
+    more = 2 * parts * tiles * num_heads
+    assert more > 132 or 2 * parts > max(num_keys for _, num_keys in pairs) // 1024 or parts == 16

@@ -1,24 +1,22 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 """Causal attention of several sequences on CUDA, without padding: flash attention over tiles of queries.
 
-The tiles of all sequences are laid out on the host, those with the most keys first, so that none of them ends alone.
+The tiles of all sequences are laid out by the host, those with the most keys first, so that none of them ends alone.
+How many there are is read on the device: programs that find nothing to do leave at once.
 A few queries after a long prefix would leave most of the card idle: their keys are split, and the parts merged.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from services.engine.kernels.mla_prefill import queries_a_tile, query_tiles
-
-KEYS_A_PART = 1024
-MAX_PARTS = 16
+from services.engine.kernels.mla_prefill import MAX_PARTS, PrefillWork, max_parts, queries_a_tile
+from services.engine.kernels.multiprocessors import num_multiprocessors
 
 
 @dataclass(frozen=True)
@@ -43,33 +41,30 @@ def mla_prefill_triton(
     k_rope: torch.Tensor,
     v: torch.Tensor,
     scale: float,
-    cu_q: list[int],
-    cu_k: list[int],
-    tiles: torch.Tensor | None = None,
+    work: PrefillWork,
+    out: torch.Tensor,
 ) -> torch.Tensor:
     """See `mla_prefill`."""
     num_queries, num_heads, _ = q.shape
     nope, rope = k.shape[-1], k_rope.shape[-1]
     value_dim = v.shape[-1]
-    out = torch.empty(num_queries, num_heads, value_dim, dtype=q.dtype, device=q.device)
+    if out.stride(2) != 1 or out.stride(1) != value_dim:
+        raise ValueError("a token's results must lie one after another")
     if num_queries == 0:
         return out
     tile = tile_for(q.dtype)
     q, k, k_rope, v = (_addressable(part) for part in (q, k, k_rope.unsqueeze(1), v))
     width_a, width_b = max(16, triton.next_power_of_2(nope)), max(16, triton.next_power_of_2(rope))
     value_pow2 = max(16, triton.next_power_of_2(value_dim))
-    if tiles is None:
-        tiles = torch.from_numpy(query_tiles(cu_q, cu_k, q.dtype)).to(q.device)
-    # Heads at a time: enough to fill the card twice; the fewer, the longer their keys stay in the L2 cache.
-    num_sms = torch.cuda.get_device_properties(q.device).multi_processor_count
-    heads_at_once = min(num_heads, triton.next_power_of_2(triton.cdiv(2 * num_sms, len(tiles))))
-    longest = max(end - start for start, end in pairwise(cu_k))
-    num_parts = _num_parts(len(tiles) * num_heads, longest, num_sms)
+    # Whatever is split has as many programs as the card has places, at most.
+    num_sms = num_multiprocessors(q.device)
+    num_programs = max(len(work.tiles) * num_heads, num_sms if work.may_split else 0)
     partial, lse = out, out
-    if num_parts > 1:
-        partial = torch.empty(num_parts, *out.shape, dtype=torch.float32, device=q.device)
-        lse = torch.empty(num_parts, num_queries, num_heads, dtype=torch.float32, device=q.device)
-    _attend[(len(tiles) * num_heads, num_parts)](
+    if work.may_split:
+        parts = max_parts(num_heads, num_sms)
+        partial = torch.empty(parts, num_queries, num_heads, value_dim, dtype=torch.float32, device=q.device)
+        lse = torch.empty(parts, num_queries, num_heads, dtype=torch.float32, device=q.device)
+    _attend[(num_programs,)](
         _columns(q, tile.block_m, width_a),
         _columns(q, tile.block_m, width_b),
         _columns(k, tile.block_n, width_a),
@@ -77,15 +72,14 @@ def mla_prefill_triton(
         _columns(v, tile.block_n, value_pow2),
         partial,
         lse,
-        tiles,
+        work.tiles,
+        work.counts,
         num_queries,
         scale * 1.4426950408889634,
         q.stride(1),
         k.stride(1),
         v.stride(1),
-        len(tiles),
-        heads_at_once,
-        num_parts,
+        num_heads * value_dim if work.may_split else out.stride(0),
         NUM_HEADS=num_heads,
         NOPE=nope,
         ROPE=rope,
@@ -95,17 +89,18 @@ def mla_prefill_triton(
         VALUE_POW2=value_pow2,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
-        IS_SPLIT=num_parts > 1,
+        IS_SPLIT=work.may_split,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
-    if num_parts > 1:
+    if work.may_split:
         _merge[(num_queries, num_heads)](
             partial,
             lse,
             out,
+            work.counts,
             num_queries,
-            num_parts,
+            out.stride(0),
             NUM_HEADS=num_heads,
             VALUE=value_dim,
             VALUE_POW2=value_pow2,
@@ -113,12 +108,6 @@ def mla_prefill_triton(
             num_warps=1,
         )
     return out
-
-
-def _num_parts(num_programs: int, longest: int, num_sms: int) -> int:
-    """Into how many parts the keys of each tile are split: as many as the card can work on at once, not too short."""
-    parts = min(num_sms // num_programs, longest // KEYS_A_PART, MAX_PARTS)
-    return 1 << max(0, parts).bit_length() - 1 if parts > 1 else 1
 
 
 def _addressable(x: torch.Tensor) -> torch.Tensor:
@@ -180,7 +169,7 @@ def _step(
     return acc, new_top, total
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_tiles", "heads_at_once", "num_parts"])
+@triton.jit(do_not_specialize=["num_queries"])
 def _attend(
     q_a_columns,
     q_b_columns,
@@ -190,14 +179,13 @@ def _attend(
     out,
     lse,
     tiles,
+    counts,
     num_queries,
     scale_log2,
     q_head_stride,
     k_head_stride,
     v_head_stride,
-    num_tiles,
-    heads_at_once,
-    num_parts,
+    out_stride,
     NUM_HEADS: tl.constexpr,
     NOPE: tl.constexpr,
     ROPE: tl.constexpr,
@@ -210,9 +198,16 @@ def _attend(
     IS_SPLIT: tl.constexpr,
 ):
     """One tile of queries of one head, over one part of its keys."""
-    first_head = tl.program_id(0) // (heads_at_once * num_tiles) * heads_at_once
+    num_tiles = tl.load(counts + 1)
+    num_parts = tl.load(counts + 2)
+    heads_at_once = tl.minimum(tl.load(counts + 3), NUM_HEADS)
+    if tl.program_id(0) >= num_tiles * NUM_HEADS * num_parts:
+        return
+    part = tl.program_id(0) // (num_tiles * NUM_HEADS)
+    program = tl.program_id(0) % (num_tiles * NUM_HEADS)
+    first_head = program // (heads_at_once * num_tiles) * heads_at_once
     num_heads = tl.minimum(heads_at_once, NUM_HEADS - first_head)
-    place = tl.program_id(0) - first_head * num_tiles
+    place = program - first_head * num_tiles
     head = first_head + place % num_heads
     tile = tiles + place // num_heads * 4
     first_query = tl.load(tile)
@@ -226,7 +221,7 @@ def _attend(
     stop = end_key
     if IS_SPLIT:
         part_len = tl.cdiv(tl.cdiv(end_key - first_key, BLOCK_N), num_parts) * BLOCK_N
-        first_key += tl.program_id(1) * part_len
+        first_key += part * part_len
         stop = tl.minimum(first_key + part_len, end_key)
         end_unmasked = tl.maximum(tl.minimum(end_unmasked, stop), first_key)
 
@@ -253,24 +248,25 @@ def _attend(
             queries + shift, end_key, scale_log2, BLOCK_N, True, IS_SPLIT,
         )  # fmt: skip
     if IS_SPLIT:
-        row = tl.program_id(1).to(tl.int64) * num_queries + queries
+        row = part.to(tl.int64) * num_queries + queries
         tl.store(lse + row * NUM_HEADS + head, top + tl.log2(total), mask=queries < end_query)
         total = tl.where(total > 0.0, total, 1.0)
     else:
         row = queries.to(tl.int64)
     values = tl.arange(0, VALUE_POW2)
-    out_at = out + (row[:, None] * NUM_HEADS + head) * VALUE + values[None, :]
+    out_at = out + row[:, None] * out_stride + head * VALUE + values[None, :]
     mask = (queries[:, None] < end_query) & (values[None, :] < VALUE)
     tl.store(out_at, (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_parts"])
+@triton.jit(do_not_specialize=["num_queries"])
 def _merge(
     partial,
     lse,
     out,
+    counts,
     num_queries,
-    num_parts,
+    out_stride,
     NUM_HEADS: tl.constexpr,
     VALUE: tl.constexpr,
     VALUE_POW2: tl.constexpr,
@@ -278,6 +274,9 @@ def _merge(
 ):
     """The parts of one query and head, by their log-sum-exp (-inf for one that it sees nothing of)."""
     query = tl.program_id(0).to(tl.int64)
+    if (query < tl.load(counts + 4)) | (query >= tl.load(counts + 5)):
+        return
+    num_parts = tl.load(counts + 2)
     head = tl.program_id(1)
     p = tl.arange(0, MAX_PARTS)
     values = tl.arange(0, VALUE_POW2)
@@ -287,5 +286,5 @@ def _merge(
     mask = (p[:, None] < num_parts) & (values[None, :] < VALUE)
     parts = tl.load(partial + at[:, None] * VALUE + values[None, :], mask=mask, other=0.0)
     merged = tl.sum(parts * weight[:, None], 0) / tl.sum(weight, 0)
-    out_at = out + (query * NUM_HEADS + head) * VALUE + values
+    out_at = out + query * out_stride + head * VALUE + values
     tl.store(out_at, merged.to(out.dtype.element_ty), mask=values < VALUE)
