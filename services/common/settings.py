@@ -222,7 +222,11 @@ class RoutingSettings(_Section):
     transfer_weight: float = Field(
         default=1.0, ge=0, description="Weight of fetching the history from another replica."
     )
-    memory_weight: float = Field(default=1.0, ge=0, description="Weight of lacking free blocks.")
+    memory_weight: float = Field(
+        default=1.0,
+        ge=0,
+        description="Weight of lacking blocks that are free, and not full of what idle sessions will want again.",
+    )
     max_resumes: int = Field(
         default=2, ge=0, description="How often a turn may go on elsewhere after losing its replica."
     )

@@ -81,7 +81,7 @@ class DecodeDeployment:
             else PrefillHandle(prefill, runtime.registry, engine.layout.fingerprint, settings.sessions.registry_ttl_s)
         )
         held = HeldSessions(settings.autoscaling.session_keep_s, engine.pool.num_blocks * engine.layout.block_size)
-        worker = DecodeWorker(
+        worker = self._worker = DecodeWorker(
             runtime.loop,
             runtime.exchange,
             EngineFacts.of(engine),
@@ -101,14 +101,16 @@ class DecodeDeployment:
         await runtime.register(
             self._server.address,
             fleet.refresh if fleet is not None else None,
-            lambda record: _with_sessions(record, held, self._heir),
+            lambda record: replace(
+                _with_sessions(record, held, self._heir), num_refused_blocks=worker.num_refused_blocks
+            ),
         )
 
     async def history(self, request: HistoryRequest) -> AsyncIterator[HistoryOffer | AntiphonError]:
         """The blocks that are asked for, as far as they are held here; lent until the caller ends the stream."""
         transfer = self._settings.transfer
         try:
-            async with self._runtime.exchange.offering(request) as offer:
+            async with self._worker.lending(request) as offer:
                 yield offer
                 if offer.ticket is not None:
                     await asyncio.sleep(transfer.lease_ttl_s + transfer.fetch_timeout_s)

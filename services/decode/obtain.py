@@ -92,10 +92,10 @@ class Obtainer:
         reservation = turn.reservation
         assert reservation is not None
         holder = max(turn.request.holders, key=lambda each: each.num_computed_tokens)
-        moves = bool(turn.request.session_digest)
+        session = turn.request.session_digest
         try:
             report = await self._exchange.fetch_history(
-                self._peers, reservation, holder.identity, num_tokens, turn.salt, moves=moves
+                self._peers, reservation, holder.identity, num_tokens, turn.salt, moved_session=session
             )
         except (TransferFailed, Unavailable) as error:
             self._warn(turn, "history was not fetched", error)

@@ -8,10 +8,10 @@ from __future__ import annotations
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
 
-from services.common.errors import InvalidRequest, PromptTooLong, QueueFull, StaleLease
+from services.common.errors import InvalidRequest, OutOfBlocks, PromptTooLong, QueueFull, StaleLease
 from services.common.sampling import FinishReason
 from services.common.settings import DecodeSettings
 from services.common.telemetry import Metrics
@@ -31,7 +31,7 @@ from services.engine.engine import Engine, EngineRequest, EngineStats
 from services.engine.loop import EngineLoop
 from services.engine.scheduler import Reservation
 from services.replica.exchange import BlockExchange
-from services.replica.handover import HistoryClient, PrefillClient
+from services.replica.handover import HistoryClient, HistoryOffer, HistoryRequest, PrefillClient
 
 _MAX_FENCES = 100_000
 
@@ -66,6 +66,7 @@ class DecodeWorker:
         self._obtainer = Obtainer(exchange, facts.bytes_per_token, settings, peers, prefill)
         self._fences: OrderedDict[str, int] = OrderedDict()
         self._turns: dict[str, Turn] = {}  # those that can be stopped, by call_id
+        self.num_refused_blocks = 0  # that turns which were refused for want of blocks would have taken
 
     async def generate(self, request: DecodeRequest) -> AsyncGenerator[DecodeEvent]:
         """Admitted, then chunks, then finished. Closing it, or cancelling it, ends the turn and frees all it holds.
@@ -108,6 +109,22 @@ class DecodeWorker:
         self._held.ended(session_digest, (), salt)
         return await self._loop.call(lambda engine: engine.evict_first(token_ids, salt))
 
+    @asynccontextmanager
+    async def lending(self, request: HistoryRequest) -> AsyncIterator[HistoryOffer]:
+        """What another replica wants, as far as it is held here, until the context ends. Raises TransferFailed.
+
+        What a session that moves leaves behind is evicted first: it would push out the only copies of others.
+        """
+        is_lent = False
+        try:
+            async with self._exchange.offering(request) as offer:
+                is_lent = offer.ticket is not None
+                yield offer
+        finally:
+            if is_lent and request.moved_session:
+                self._held.ended(request.moved_session, (), request.salt)
+                self._exchange.soon(lambda engine: engine.evict_first(request.token_ids, request.salt))
+
     # Before any work.
 
     def _check(self, request: DecodeRequest) -> None:
@@ -138,7 +155,12 @@ class DecodeWorker:
             wants_all = request.sampling.prompt_logprobs is not None
             return None if wants_all else engine.reserve(request.token_ids, turn.salt), stats
 
-        turn.reservation, stats = await self._exchange.take(take, _undo)
+        try:
+            turn.reservation, stats = await self._exchange.take(take, _undo)
+        except OutOfBlocks:
+            self.num_refused_blocks += -(-num_tokens // self._exchange.block_size)
+            self._on_change()
+            raise
         return stats
 
     # Tokens.

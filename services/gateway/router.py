@@ -5,7 +5,8 @@ The cost of a replica is the time to the turn's first token there, in millisecon
     wait       tokens that stand before the turn / prefill rate, and half a step of the sequences that run
     transfer   bytes of history that another replica holds and this one lacks / measured transfer rate
     prefill    tokens that nobody holds / prefill rate
-    memory     the time to evict or preempt: grows as the free blocks run short of what the turn needs
+    memory     tokens that others will have to compute again / prefill rate: grows as the blocks that are free, and not
+               full of what idle sessions will want again, run short of what the turn needs
     moving     for all but the holder of the longest prefix: what has to be gained for leaving it. Loads are a heartbeat
                old, and a session that moves takes memory twice
 
@@ -219,7 +220,7 @@ def _score(
     num_missing = question.num_prompt_tokens - num_held - num_fetched
     prefill_ms = num_missing / prefill_rate * 1e3
     needed_blocks = -(-(question.num_prompt_tokens - num_held) // record.block_size)
-    num_short = max(needed_blocks - record.num_free_blocks, 0)
+    num_short = max(needed_blocks - max(record.num_free_blocks - record.num_session_blocks, 0), 0)
     memory_ms = num_short * record.block_size / prefill_rate * 1e3
     cost_ms = (
         settings.queue_weight * wait_ms

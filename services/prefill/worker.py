@@ -75,7 +75,7 @@ class PrefillWorker:
             return
         try:
             prompt.fetched = await self._exchange.fetch_history(
-                self._peers, reservation, request.holder, request.num_held_tokens, request.salt, moves=False
+                self._peers, reservation, request.holder, request.num_held_tokens, request.salt
             )
         except (TransferFailed, Unavailable) as error:
             log.warning("history is computed again", extra={"request_id": request.request_id, "reason": error.reason})

@@ -129,8 +129,6 @@ class BlockExchange:
             yield HistoryOffer(ticket)
         finally:
             await self.release(ticket)
-            if request.moves:
-                self.soon(lambda engine: engine.evict_first(request.token_ids, request.salt))
 
     # Fetching.
 
@@ -162,11 +160,11 @@ class BlockExchange:
 
     async def fetch_history(
         self, peers: HistoryClient, reservation: Reservation, holder: Identity, num_tokens: int, salt: bytes,
-        *, moves: bool,
+        *, moved_session: str = "",
     ) -> FetchReport | None:  # fmt: skip
         """Fetches what the reservation lacks of its first num_tokens tokens (full blocks) from a holder.
 
-        moves: their session goes on here. None if the holder has nothing of it. Raises Unavailable, or as `fetch` does.
+        moved_session: as in HistoryRequest. None if the holder has nothing of it. Raises Unavailable, or as `fetch`.
         """
         first = reservation.num_computed_tokens
         request = HistoryRequest(
@@ -175,7 +173,7 @@ class BlockExchange:
             salt=salt,
             first_token=first,
             into_block_ids=blocks_between(reservation.block_table, first, num_tokens, self.block_size),
-            moves=moves,
+            moved_session=moved_session,
         )
         async with peers.history(request) as offer:
             if offer.ticket is None:

@@ -24,8 +24,8 @@ class HistoryRequest:
     """Asks a holder for the KV of token_ids from first_token (a block's first) on.
 
     holder: the very process that is meant; another one offers nothing. token_ids: from position 0 on, because the
-    holder finds blocks by their prefix hash. into_block_ids: where they go, one a block that is wanted. moves: the
-    session goes on at the asker, so the holder's copy is of less use from now on than anything else that it holds.
+    holder finds blocks by their prefix hash. into_block_ids: where they go, one a block that is wanted. moved_session:
+    the digest of the session that goes on at the asker, so that the holder's copy is of no use any more; empty if none.
     """
 
     holder: Identity
@@ -33,7 +33,7 @@ class HistoryRequest:
     salt: bytes
     first_token: int
     into_block_ids: tuple[int, ...]
-    moves: bool
+    moved_session: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,7 +116,7 @@ class DirectHistory:
     """HistoryClient without anything between the replicas. num_lost: calls that find nobody."""
 
     def __init__(self) -> None:
-        self.exchanges: dict[str, BlockExchange] = {}
+        self.workers: dict[str, DecodeWorker] = {}
         self.num_lost = 0
         self.requests: list[HistoryRequest] = []
 
@@ -127,7 +127,7 @@ class DirectHistory:
         if self.num_lost:
             self.num_lost -= 1
             raise Unavailable("lost")
-        async with self.exchanges[request.holder.replica_id].offering(request) as offer:
+        async with self.workers[request.holder.replica_id].lending(request) as offer:
             yield offer
 
 
@@ -169,12 +169,13 @@ class Group:
         self.replicas = replicas
         self.prefill_replica, self.first, self.second = replicas
         self.peers = DirectHistory()
-        self.peers.exchanges = {each.identity.replica_id: each.exchange for each in replicas[1:]}
         worker = PrefillWorker(self.prefill_replica.loop, self.prefill_replica.exchange, self.peers)
         self.prefill = DirectPrefill(worker, self.prefill_replica)
         settings = DecodeSettings(**{"remote_prefill": "always", **decode_settings})
         self.held = {each.identity.replica_id: HeldSessions(600.0, num_blocks * BLOCK_SIZE) for each in replicas[1:]}
-        self.workers = {each.identity.replica_id: self._decode(each, settings) for each in replicas[1:]}
+        self.workers = self.peers.workers = {
+            each.identity.replica_id: self._decode(each, settings) for each in replicas[1:]
+        }
 
     def _decode(self, replica: Replica, settings: DecodeSettings) -> DecodeWorker:
         return DecodeWorker(

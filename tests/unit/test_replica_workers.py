@@ -103,6 +103,7 @@ async def test_the_copy_that_a_moved_session_leaves_behind_is_evicted_before_ses
         holders = held_by(group.first, 64)
         await group.turn(request(moving + prompt(39, 8), session_digest="moving", holders=holders), group.second)
         await group.until_idle()
+        assert [each.digest for each in group.held["decode-a"].recent_first()] == ["staying"]
         await group.turn(request(prompt(40, 100)))
         assert group.first.engine.match(staying, SALT) == 64
         assert group.first.engine.match(moving, SALT) < 64
@@ -112,7 +113,8 @@ async def test_lending_history_to_prefill_does_not_cost_it_its_place(group: Grou
     history = prompt(41, 60)
     history += (await group.turn(request(history, session_digest="asked"))).token_ids
     await group.turn(request(history + prompt(42, 40), session_digest="asked"))
-    assert [asked.moves for asked in group.peers.requests] == [False]
+    assert [asked.moved_session for asked in group.peers.requests] == [""]
+    assert [each.digest for each in group.held["decode-a"].recent_first()] == ["asked"]
 
 
 async def test_a_holder_that_has_lost_the_history_costs_a_prefill_only(oracle: Engine) -> None:

@@ -57,6 +57,22 @@ def test_goes_to_the_holder_of_the_history() -> None:
     assert [candidate.num_held_tokens for candidate in route.decision.candidates] == [0, 900, 0]
 
 
+def test_a_new_session_goes_where_it_pushes_nobody_out() -> None:
+    full = replica("a", num_session_blocks=980)
+    busier = replica("b", num_running=2, num_waiting_tokens=200)
+    assert choose(ask(1000), [full, busier], COST).decision.replica == "b"
+    assert choose(ask(1000), [full, replica("b", num_waiting_tokens=900)], COST).decision.replica == "a"
+
+
+def test_blocks_of_idle_sessions_cost_their_own_session_nothing() -> None:
+    full = [replica(name, num_session_blocks=1000) for name in "ab"]
+    route = choose(ask(1000, holder("b", 992)), full, COST)
+    assert route.decision.reason is RoutingReason.HELD_PREFIX
+    costs = {each.replica: each.cost_ms for each in route.decision.candidates}
+    assert costs["b"] == pytest.approx(8 + 16)  # 8 tokens to compute, and a block of somebody else's for them
+    assert costs["a"] > 1000
+
+
 def test_the_heir_of_a_replica_that_stops_is_a_holder_in_its_place() -> None:
     leaving = replica("a", is_draining=True)
     heir = replica("b", inherits=("z-1", "a-1"))
