@@ -2,8 +2,8 @@
 
 prefill     waiting prompt tokens over what one replica computes within the target queue time: a burst counts the
             moment it arrives, not when its requests have ended; and what is computed steadily, over its speed
-decode      KV blocks in use over what one replica may use; sequences, running and waiting, over what one can
-            run within the inter-token target at its measured speed
+decode      KV blocks in use, and those of turns that were refused for want of them, over what one replica may use;
+            sequences, running and waiting, over what one can run within the inter-token target at its measured speed
 helpers     cores and calls over what one replica may have
 """
 
@@ -31,7 +31,8 @@ def need_of(kind: Kind, snapshot: Snapshot, settings: AutoscalingSettings) -> Ne
         signals = _prefill(snapshot, settings)
     elif kind is Kind.DECODE:
         # What runs at a replica that drains ends there.
-        signals = _decode([each for each in snapshot.decode if not each.is_draining], settings)
+        staying = [each for each in snapshot.decode if not each.is_draining]
+        signals = _decode(staying, snapshot.num_refused_blocks, settings)
     else:
         signals = _helper(snapshot.gateway if kind is Kind.GATEWAY else snapshot.tokenizer, settings)
     return Need(max(signals.values(), default=0.0), signals)
@@ -57,11 +58,13 @@ def _prefill(snapshot: Snapshot, settings: AutoscalingSettings) -> dict[str, flo
     }
 
 
-def _decode(replicas: Sequence[WorkerLoad], settings: AutoscalingSettings) -> dict[str, float]:
+def _decode(replicas: Sequence[WorkerLoad], num_refused_blocks: int, settings: AutoscalingSettings) -> dict[str, float]:
     if not replicas:
         return {}
     blocks_of_one = statistics.mean(each.num_blocks for each in replicas)
-    signals = {"kv": sum(each.num_used_blocks for each in replicas) / (blocks_of_one * settings.max_kv_usage)}
+    # What is used can never exceed what there is; by how much a burst does, only those say that were turned away.
+    num_wanted_blocks = sum(each.num_used_blocks for each in replicas) + num_refused_blocks
+    signals = {"kv": num_wanted_blocks / (blocks_of_one * settings.max_kv_usage)}
     # The largest: the others may have had fewer sequences in a step, not less speed.
     rate = max((each.decode_tokens_per_s or 0.0 for each in replicas), default=0.0)
     if rate:

@@ -3,20 +3,52 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from services.scaling.snapshot import HelperLoad, Kind, Snapshot, WorkerLoad
 from services.sessions.registry import ReplicaRecord, Role
 
 _DEMAND_WINDOW_S = 10.0
+_REFUSED_WINDOW_S = 5.0
+
+
+class Lately:
+    """Of counters that replicas report since their start: by how much they grew within a window."""
+
+    def __init__(self, window_s: float, value: Callable[[ReplicaRecord], int]) -> None:
+        self._window_s = window_s
+        self._value = value
+        self._counted: dict[str, int] = {}  # incarnation -> its counter at the last look
+        self._looks: deque[tuple[float, list[int]]] = deque()  # time, growth of each counter since the look before
+
+    def look(self, now_s: float, records: Sequence[ReplicaRecord]) -> None:
+        """One more report. A replica that is new counts from its start; at the first look of all nothing counts."""
+        grown = []
+        for record in records:
+            value = self._value(record)
+            grown.append(max(value - self._counted.get(record.incarnation, 0 if self._looks else value), 0))
+        self._counted = {record.incarnation: self._value(record) for record in records}
+        self._looks.append((now_s, grown))
+        while len(self._looks) > 1 and self._looks[0][0] < now_s - self._window_s:
+            self._looks.popleft()
+
+    def per_s(self) -> float:
+        """Of all counters, a second (of less than the window, as long as less is known)."""
+        elapsed_s = self._looks[-1][0] - self._looks[0][0]
+        # The first entry grew before its time.
+        return sum(sum(grown) for _, grown in list(self._looks)[1:]) / elapsed_s if elapsed_s else 0.0
+
+    def of_one(self) -> int:
+        """Where the same event may be counted by each replica, one after another: the most of one, look by look."""
+        return sum(max(grown, default=0) for _, grown in self._looks)
 
 
 class Picture:
-    """Takes in one report after another; remembers how much prefill replicas have computed lately."""
+    """Takes in one report after another; remembers what was computed and what was refused lately."""
 
     def __init__(self) -> None:
-        self._counted: dict[str, int] = {}  # incarnation -> prompt tokens since its start
-        self._computed: deque[tuple[float, int]] = deque()  # time, prompt tokens since the look before
+        self._computed = Lately(_DEMAND_WINDOW_S, lambda record: record.num_prefilled_tokens)
+        self._refused = Lately(_REFUSED_WINDOW_S, lambda record: record.num_refused_blocks)
 
     def snapshot(
         self,
@@ -27,29 +59,19 @@ class Picture:
     ) -> Snapshot:
         """The cluster now. helpers: of gateways and tokenizers."""
         prefill = [each for each in records if each.role is Role.PREFILL]
+        decode = [each for each in records if each.role is Role.DECODE]
+        self._computed.look(now_s, prefill)
+        self._refused.look(now_s, decode)
         return Snapshot(
             now_s=now_s,
             targets=targets,
             prefill=[worker_load(each) for each in prefill],
-            decode=[worker_load(each) for each in records if each.role is Role.DECODE],
+            decode=[worker_load(each) for each in decode],
             gateway=helpers.get(Kind.GATEWAY, ()),
             tokenizer=helpers.get(Kind.TOKENIZER, ()),
-            prefill_demand_tokens_per_s=self._demand(now_s, prefill),
+            prefill_demand_tokens_per_s=self._computed.per_s(),
+            num_refused_blocks=self._refused.of_one(),
         )
-
-    def _demand(self, now_s: float, prefill: Sequence[ReplicaRecord]) -> float:
-        """Prompt tokens a second, of the last ten seconds (of less, as long as less is known)."""
-        computed = 0
-        for record in prefill:
-            before = self._counted.get(record.incarnation, record.num_prefilled_tokens if not self._computed else 0)
-            computed += max(record.num_prefilled_tokens - before, 0)
-        self._counted = {record.incarnation: record.num_prefilled_tokens for record in prefill}
-        self._computed.append((now_s, computed))
-        while len(self._computed) > 1 and self._computed[0][0] < now_s - _DEMAND_WINDOW_S:
-            self._computed.popleft()
-        elapsed_s = now_s - self._computed[0][0]
-        # The first entry's tokens were computed before its time.
-        return sum(tokens for _, tokens in list(self._computed)[1:]) / elapsed_s if elapsed_s else 0.0
 
 
 def worker_load(record: ReplicaRecord) -> WorkerLoad:

@@ -62,7 +62,8 @@ class Snapshot:
     """The cluster at now_s (seconds of a clock that only goes forward).
 
     targets: how many replicas of each kind have been asked for so far; a kind that is missing is not scaled.
-    prefill_demand_tokens_per_s: prompt tokens that prefill replicas computed lately.
+    prefill_demand_tokens_per_s: prompt tokens that prefill replicas computed lately. num_refused_blocks: KV blocks of
+    turns that decode replicas had no room for lately.
     """
 
     now_s: float
@@ -72,3 +73,4 @@ class Snapshot:
     gateway: Sequence[HelperLoad] = ()
     tokenizer: Sequence[HelperLoad] = ()
     prefill_demand_tokens_per_s: float = 0.0
+    num_refused_blocks: int = 0

@@ -37,7 +37,8 @@ class ReplicaRecord:
     address: host:port of its gRPC server; empty for prefill, which is called through Serve.
     model_fingerprint, layout_fingerprint: only replicas that agree in both can exchange blocks.
     num_prefilled_tokens: computed as prompts since the start. num_evictable_blocks: free ones that hold something;
-    num_session_blocks: those of them that idle sessions will want again.
+    num_session_blocks: those of them that idle sessions will want again. num_refused_blocks: that turns which were
+    refused for want of blocks would have taken, since the start.
     inherits: incarnations of replicas that have handed their sessions over to this one.
     """
 
@@ -65,10 +66,14 @@ class ReplicaRecord:
     num_evictable_blocks: int = 0
     num_idle_sessions: int = 0
     num_session_blocks: int = 0
+    num_refused_blocks: int = 0
     inherits: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         assert self.incarnation.split() == [self.incarnation], "an incarnation is one word"
+
+
+_FIELDS = frozenset(field.name for field in dataclasses.fields(ReplicaRecord))
 
 
 class ReplicaRegistry:
@@ -95,7 +100,8 @@ class ReplicaRegistry:
     async def list(self, role: Role | None = None) -> tuple[ReplicaRecord, ...]:
         """The replicas that are alive by the server's clock, by id; all roles without one.
 
-        Records of another schema version are left out: what they mean is not known here.
+        Records of another schema version are left out: what they mean is not known here. A field that only a newer
+        version knows is passed over, so that two versions can share a registry during an upgrade.
         """
         values = await self._scripts.run("registry_list", (self._key,), ())
         records = (_unpack(value) for value in values)
@@ -122,4 +128,4 @@ def _unpack(value: bytes) -> ReplicaRecord | None:
         return None
     fields["role"] = Role(fields["role"])
     fields["inherits"] = tuple(fields.get("inherits", ()))
-    return ReplicaRecord(**fields)
+    return ReplicaRecord(**{name: value for name, value in fields.items() if name in _FIELDS})

@@ -133,6 +133,17 @@ async def test_record_of_a_newer_release_is_left_out(
     assert await registry.list() == (DECODE,)
 
 
+async def test_a_field_that_only_a_newer_release_knows_is_passed_over(
+    registry: ReplicaRegistry, client: Redis, keyspace: Keyspace
+) -> None:
+    await registry.heartbeat(DECODE, 10)
+    value = (await client.hvals(keyspace.replicas))[0]
+    await client.hset(
+        keyspace.replicas, "decode:decode-0", value.replace(b'"num_running"', b'"num_new":1,"num_running"')
+    )
+    assert await registry.list() == (DECODE,)
+
+
 @pytest.mark.parametrize("incarnation", ["", "two words", "line\n"])
 def test_incarnation_is_one_word(incarnation: str) -> None:
     with pytest.raises(AssertionError):

@@ -360,6 +360,7 @@ async def test_a_turn_that_finds_no_room_is_refused(oracle: Engine) -> None:
             await anext(events)
             with pytest.raises(OutOfBlocks):
                 await group.turn(request(prompt(27, 100)))
+            assert group.workers["decode-a"].num_refused_blocks == 7  # the policy hears of it
         await group.until_idle()
         assert (await group.turn(request(prompt(27, 100)))).token_ids
 

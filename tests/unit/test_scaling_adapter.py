@@ -78,6 +78,24 @@ def test_a_replica_that_is_new_counts_from_its_start_and_one_that_left_does_not(
     assert demand_after([(0.0, [old, new]), (1.0, [new])]) == 0.0
 
 
+def refused_after(looks: list[tuple[float, list[ReplicaRecord]]]) -> int:
+    picture = Picture()
+    for now_s, records in looks:
+        snapshot = picture.snapshot(now_s, {}, records, {})
+    return snapshot.num_refused_blocks
+
+
+def test_a_turn_that_all_replicas_refused_counts_once_and_for_a_few_seconds() -> None:
+    def look(a: int, b: int) -> list[ReplicaRecord]:
+        return [record(Role.DECODE, name, num_refused_blocks=n) for name, n in (("a", a), ("b", b))]
+
+    before = (0.0, look(70, 90))
+    assert refused_after([before]) == 0
+    assert refused_after([before, (1.0, look(170, 190))]) == 100
+    assert refused_after([before, (1.0, look(170, 190)), (2.0, look(170, 230))]) == 140
+    assert refused_after([before, (1.0, look(170, 190)), (7.0, look(170, 190))]) == 0
+
+
 # The policy that Serve calls.
 
 

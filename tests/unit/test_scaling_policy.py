@@ -100,6 +100,13 @@ def test_blocks_in_use_need_decode_replicas() -> None:
     assert "kv" in decisions[Kind.DECODE].reason
 
 
+def test_turns_that_were_refused_need_decode_replicas_beyond_what_a_full_pool_shows() -> None:
+    full = at(0.0, spread(1), spread(1, used=1000))
+    assert ScalingPolicy(SETTINGS).decide(full)[Kind.DECODE].target == 2
+    burst = dataclasses.replace(full, num_refused_blocks=1400)
+    assert ScalingPolicy(SETTINGS).decide(burst)[Kind.DECODE].target == 3
+
+
 def test_sequences_beyond_the_inter_token_target_need_decode_replicas() -> None:
     decisions = ScalingPolicy(SETTINGS).decide(at(0.0, spread(1), spread(1, running=25)))
     assert decisions[Kind.DECODE].target == 3  # 200 tokens/s and 50 ms: ten sequences each
