@@ -24,7 +24,7 @@ _SIZES = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 # What a graph has room for; a step with more is launched one by one.
 _MAX_ROWS = 256
 _MAX_KEYS = 32_768
-_MORE_TILES = 8  # besides those that one chunk of all tokens has
+_MORE_TILES = 32  # besides those that one chunk of all tokens has
 # Up to here the keys of a tile may be split; more tokens keep the card busy as they are.
 _FEW_TOKENS = 512
 

@@ -1,4 +1,4 @@
-"""Computes the chunks of a step on a GPU: mixed steps as they come, decode steps by a graph."""
+"""Computes the chunks of a step on a GPU: by a graph, where one holds them, else kernel by kernel."""
 
 from __future__ import annotations
 

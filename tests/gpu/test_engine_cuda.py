@@ -42,7 +42,9 @@ def engine_of(
         ModelSettings(
             path=str(CHECKPOINTS / name), dtype=dtype, kv_dtype=kv_dtype, cache_mode=cache_mode, max_seq_len=512
         ),
-        EngineSettings(**{"device": device, "num_blocks": 256, "max_num_sequences": 16} | settings),
+        EngineSettings(
+            **{"device": device, "num_blocks": 256, "max_num_sequences": 16, "max_num_batched_tokens": 512} | settings
+        ),
     )
 
 
@@ -184,6 +186,22 @@ def test_a_step_smaller_than_its_graph_leaves_the_cache_alone() -> None:
     others = [block for block in range(256) if block not in used]
     assert others
     assert bool((engine.kv_cache.pool[others] == 7.0).all())
+
+
+@pytest.mark.parametrize(("name", "kv_dtype"), [("v2lite", "auto"), ("v3_fp8", "fp8")])
+def test_nothing_is_compiled_while_somebody_waits(name: str, kv_dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the number, the lengths and the sampling of the requests: all kernels are there once it has loaded."""
+    import triton
+
+    engine = engine_of(name, "cuda", dtype="bfloat16", kv_dtype=kv_dtype, num_blocks=1024, max_num_sequences=40)
+    compiled: list[str] = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda *, fn, **_: compiled.append(str(fn.name)))
+    sizes = [[1], [1, 2], [400], [17] * 30, [16] * 30, [300, 5, 90, 1], list(range(1, 40)), [64] * 12, [500, 499]]
+    for lengths in sizes:
+        asked = prompts(lengths)
+        replies(engine, asked, GREEDY)
+        replies(engine, asked, SAMPLED)  # their prefixes are found
+    assert compiled == []
 
 
 def test_the_pool_is_what_the_plan_said() -> None:
