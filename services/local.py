@@ -7,45 +7,38 @@ A library for scripts, what the command line runs without a cluster, and the ora
     for event in session.turn([Message("user", "Tell me a story.")], SamplingParams(temperature=0)):
         ...
 
-One turn: encode the new messages, generate, detokenize, append to the history. The history is token ids as sampled and
-is never rendered again, so the blocks of the turns before are found, not computed.
+One turn: acquire the session, encode the new messages, generate, detokenize, commit. The journal is token ids as
+sampled and is never rendered again, so the blocks of the turns before are found, not computed.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from services.common.errors import AntiphonError, InvalidCheckpoint, InvalidRequest, QueueFull
-from services.common.messages import Delta, Finished, Message, Timings, Usage
+from services.common.messages import Delta, Finished, Message
 from services.common.sampling import FinishReason, SamplingParams, TokenLogprobs
 from services.common.settings import EngineSettings, ModelSettings
 from services.engine.engine import Engine, EngineOutput, EngineRequest
 from services.engine.hub import resolve_model
 from services.engine.loading import load_engine
 from services.engine.weights import Progress
+from services.local_reply import REPLICA, LocalReply, LocalRequest
+from services.sessions.base import MAX_TTL_S, Acquired, TurnRecord, TurnStart
+from services.sessions.memory_store import MemorySessionStore, at_once
 from services.text.chat_template import ChatEncoder
-from services.text.detokenizer import Detokenizer
 from services.text.tokenizer import Tokenizer
 
-REPLICA = "local"
+__all__ = ["LocalPipeline", "LocalRequest", "LocalSession", "Score"]
+
 OnError = Callable[[int, AntiphonError], None] | None
-
-
-@dataclass(frozen=True, slots=True)
-class LocalRequest:
-    """A prompt as token ids, and how to go on."""
-
-    token_ids: Sequence[int]
-    sampling: SamplingParams
-    tenant_salt: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +93,7 @@ class LocalPipeline:
         runs. Several runs may be open at once. A request that cannot be served goes to on_error, with its index, and
         the others go on; without on_error it is raised: what `Engine.add` raises, and NumericsError.
         """
-        replies: dict[str, _Reply] = {}
+        replies: dict[str, LocalReply] = {}
         waiting = deque(enumerate(requests))
         try:
             while waiting or replies:
@@ -113,11 +106,11 @@ class LocalPipeline:
             for request_id in replies:
                 self._end(request_id, FinishReason.ABORTED)
 
-    def _add(self, index: int, request: LocalRequest, replies: dict[str, _Reply], on_error: OnError) -> bool:
+    def _add(self, index: int, request: LocalRequest, replies: dict[str, LocalReply], on_error: OnError) -> bool:
         """Whether the request is off the list: the engine has room for it, or it cannot be served."""
         request_id = f"local-{next(self._ids)}"
         try:
-            reply = _Reply(index, request, self.tokenizer)
+            reply = LocalReply(index, request, self.tokenizer)
             self.engine.add(
                 EngineRequest(request_id, request.token_ids, request.sampling, tenant_salt=request.tenant_salt)
             )
@@ -149,7 +142,7 @@ class LocalPipeline:
         self.engine.finish(request_id, reason)
 
     def _events(
-        self, output: EngineOutput, replies: dict[str, _Reply], on_error: OnError
+        self, output: EngineOutput, replies: dict[str, LocalReply], on_error: OnError
     ) -> Iterator[tuple[int, Delta | Finished]]:
         reply = replies[output.request_id]
         if output.error is not None:
@@ -186,80 +179,66 @@ class LocalPipeline:
 
 
 class LocalSession:
-    """A conversation. `history` is its journal: all token ids, as sampled."""
+    """A conversation. Its journal, and the lease of the turn that runs, are a session store's, as in a cluster."""
 
     def __init__(self, pipeline: LocalPipeline, encoder: ChatEncoder, tenant_salt: bytes) -> None:
-        self.history: list[int] = []
-        self.num_turns = 0
         self._pipeline = pipeline
         self._encoder = encoder
         self._tenant_salt = tenant_salt
+        self._store = MemorySessionStore()
+        made = self._store.create(
+            REPLICA, None, model=REPLICA, ttl_s=MAX_TTL_S, template_digest=encoder.template_digest
+        )
+        self.session_id = at_once(made).session_id
+
+    @property
+    def num_turns(self) -> int:
+        return at_once(self._store.get(REPLICA, self.session_id)).num_turns
+
+    @property
+    def history(self) -> list[int]:
+        """All token ids, as sampled. Raises SessionBusy while a turn runs."""
+        acquired = self._acquire()
+        at_once(self._store.release(acquired.lease))
+        return _token_ids(acquired)
 
     def turn(self, messages: Sequence[Message], sampling: SamplingParams) -> Generator[Delta | Finished]:
-        """One turn. What was generated joins the history, also if the iterator is closed early."""
-        eos = self._pipeline.engine.eos_token_ids
-        new = self._encoder.encode_turn(
-            messages,
-            is_first_turn=self.num_turns == 0,
-            previous_turn_ended_with_eos=bool(self.history) and self.history[-1] in eos,
-        )
-        prompt = [*self.history, *new]
+        """One turn. What was generated joins the history, also if the iterator is closed early.
+
+        Raises SessionBusy if another turn has begun and not ended, and what `LocalPipeline.run` raises.
+        """
+        acquired = self._acquire()
         reply: list[int] = []
+        reason = FinishReason.ABORTED
         try:
-            with closing(self._pipeline.run([LocalRequest(prompt, sampling, self._tenant_salt)])) as events:
+            history = _token_ids(acquired)
+            new = self._encoder.encode_turn(
+                messages,
+                is_first_turn=not acquired.turns,
+                previous_turn_ended_with_eos=bool(history) and history[-1] in self._pipeline.engine.eos_token_ids,
+            )
+            request = LocalRequest([*history, *new], sampling, self._tenant_salt)
+            with closing(self._pipeline.run([request])) as events:
                 for _, event in events:
                     if isinstance(event, Delta):
                         reply += event.token_ids
+                    else:
+                        reason = event.reason
                     yield event
         finally:
             if reply:
-                self.history = prompt + reply
-                self.num_turns += 1
+                record = TurnRecord(tuple(new), tuple(reply), reason, self._encoder.template_digest)
+                at_once(self._store.commit(acquired.lease, record, ()))
+            else:
+                at_once(self._store.release(acquired.lease))
+
+    def _acquire(self) -> Acquired:
+        acquired = at_once(self._store.acquire(REPLICA, self.session_id, TurnStart(), lease_ttl_s=MAX_TTL_S))
+        assert isinstance(acquired, Acquired), "no turn has an idempotency key"
+        return acquired
 
 
-@dataclass(slots=True)
-class _Reply:
-    """A reply on its way: text out of tokens, and the clock."""
-
-    index: int
-    request: LocalRequest
-    tokenizer: Tokenizer | None
-    num_tokens: int = 0
-    num_cached_tokens: int = 0
-    first_token_s: float = 0.0
-    started_s: float = field(default_factory=time.perf_counter)
-    detokenizer: Detokenizer | None = field(init=False)
-
-    def __post_init__(self) -> None:
-        stop = self.request.sampling.stop
-        if stop and self.tokenizer is None:
-            raise InvalidRequest("sampling.stop", "stop strings need a tokenizer, and this checkpoint has none")
-        self.detokenizer = None if self.tokenizer is None else Detokenizer(self.tokenizer, stop)
-
-    @property
-    def is_stopped(self) -> bool:
-        """Whether a stop string has been found."""
-        return self.detokenizer is not None and self.detokenizer.stopped
-
-    def delta(self, output: EngineOutput) -> Delta:
-        if self.num_tokens == 0:
-            self.first_token_s = time.perf_counter()
-            self.num_cached_tokens = output.num_cached_tokens
-        index = self.num_tokens
-        self.num_tokens += len(output.token_ids)
-        text = ""
-        if self.detokenizer is not None:
-            text = self.detokenizer.push(output.token_ids)
-            if output.finish_reason is not None:
-                text += self.detokenizer.finish()
-        return Delta(text, output.token_ids, index, output.logprobs, output.prompt_logprobs)
-
-    def finished(self, reason: FinishReason) -> Finished:
-        now_s = time.perf_counter()
-        timings = Timings(
-            first_token_ms=(self.first_token_s - self.started_s) * 1e3,
-            decode_ms=(now_s - self.first_token_s) * 1e3,
-            total_ms=(now_s - self.started_s) * 1e3,
-        )
-        usage = Usage(len(self.request.token_ids), self.num_cached_tokens, self.num_tokens)
-        return Finished(reason, usage, timings, REPLICA)
+def _token_ids(acquired: Acquired) -> list[int]:
+    """Of all turns so far."""
+    turns = acquired.turns
+    return [token_id for turn in turns for ids in (turn.prompt_token_ids, turn.generated_token_ids) for token_id in ids]

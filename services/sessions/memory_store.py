@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from services.common.errors import AlreadyExists, QuotaExceeded, SessionBusy, StaleLease
 from services.sessions.base import (
@@ -27,6 +28,8 @@ from services.sessions.base import (
     not_found,
 )
 from services.sessions.journal import pack_turn
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -79,6 +82,16 @@ class _Session:
             holders=self.holders,
             running_turn=len(self.journal) + 1 if is_running else None,
         )
+
+
+def at_once(call: Coroutine[Any, Any, T]) -> T:
+    """What a method of MemorySessionStore returns, for callers without an event loop. Raises what it raises."""
+    try:
+        call.send(None)
+    except StopIteration as done:
+        result: T = done.value
+        return result
+    raise AssertionError("a method of the store in memory waits for something")
 
 
 class MemorySessionStore:

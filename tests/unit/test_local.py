@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from services.common.errors import InvalidCheckpoint, InvalidRequest, PromptTooLong, QueueFull
+from services.common.errors import InvalidCheckpoint, InvalidRequest, PromptTooLong, QueueFull, SessionBusy
 from services.common.messages import Delta, Finished, Message
 from services.common.sampling import FinishReason, SamplingParams
 from services.common.settings import EngineSettings, ModelSettings
@@ -137,6 +137,18 @@ def test_a_turn_closed_early_leaves_what_was_said_in_the_history(pipeline):
     assert session.num_turns == 1
     history = len(session.history)
     assert say(session, QUESTIONS[2])[2].usage.num_cached_tokens == (history - 1) // BLOCK * BLOCK
+
+
+def test_a_second_turn_on_a_busy_session_is_refused(pipeline):
+    session = pipeline.session(b"busy")
+    turn = session.turn([Message("user", QUESTIONS[0])], GREEDY)
+    next(turn)
+    with pytest.raises(SessionBusy) as refused:
+        say(session, QUESTIONS[1])
+    assert session.session_id in str(refused.value)
+    turn.close()
+    say(session, QUESTIONS[1])
+    assert session.num_turns == 2
 
 
 def test_a_turn_closed_before_its_first_token_leaves_no_trace(pipeline):
