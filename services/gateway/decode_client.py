@@ -11,6 +11,7 @@ from typing import Any, cast
 import grpc
 
 from services.common.errors import AntiphonError, Unavailable
+from services.gateway.silence import Silence
 from services.gateway.status import error_from_rpc
 from services.pb.antiphon.internal.v1 import decode_service_pb2 as pb
 from services.pb.antiphon.internal.v1 import decode_service_pb2_grpc
@@ -43,7 +44,12 @@ class DecodeClient:
         self._stopped: dict[str, float] = {}  # call_id -> when to wait no longer, on the loop's clock
 
     async def generate(
-        self, address: str, request: pb.GenerateRequest, timeout_s: float | None, traceparent: str | None
+        self,
+        address: str,
+        request: pb.GenerateRequest,
+        timeout_s: float | None,
+        traceparent: str | None,
+        silence: Silence,
     ) -> AsyncGenerator[pb.GenerateResponse]:
         """The events of one turn, up to `finished`. Closing it early cancels the call, which ends the sequence there.
 
@@ -54,19 +60,20 @@ class DecodeClient:
         connection.num_calls += 1
         call = connection.stub.Generate(request, timeout=timeout_s, metadata=metadata)
         try:
-            num_seen = 0
-            while (response := await self._next(call, request.call_id)) is not grpc.aio.EOF:
-                if response.seq != num_seen:
-                    raise Unavailable(f"message {response.seq} of the replica's stream came in place of {num_seen}")
-                num_seen += 1
-                if response.WhichOneof("event") == "finished":
-                    # The end of the stream: the replica has let go of the turn. Without it the turn has ended too.
-                    with contextlib.suppress(grpc.RpcError, Unavailable):
-                        await self._next(call, request.call_id)
+            with silence.watching(call):
+                num_seen = 0
+                while (response := await self._next(call, request.call_id, silence)) is not grpc.aio.EOF:
+                    if response.seq != num_seen:
+                        raise Unavailable(f"message {response.seq} of the replica's stream came in place of {num_seen}")
+                    num_seen += 1
+                    if response.WhichOneof("event") == "finished":
+                        # The end of the stream: the replica has let go of the turn. Without it the turn has ended too.
+                        with contextlib.suppress(grpc.RpcError, Unavailable):
+                            await self._next(call, request.call_id, silence)
+                        yield response
+                        return
                     yield response
-                    return
-                yield response
-            raise Unavailable("the replica's stream ended early")
+                raise Unavailable("the replica's stream ended early")
         except grpc.RpcError as failed:
             raise _error_of(failed) from failed
         finally:
@@ -100,13 +107,20 @@ class DecodeClient:
             _, connection = self._connections.popitem()
             await connection.channel.close()
 
-    async def _next(self, call: Any, call_id: str) -> Any:
+    async def _next(self, call: Any, call_id: str, silence: Silence) -> Any:
         """The next message, or grpc.aio.EOF."""
         try:
             async with asyncio.timeout_at(self._stopped.get(call_id)):
-                return await call.read()
+                message = await call.read()
         except TimeoutError:
             raise Unavailable("the replica has not said how a turn ended") from None
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if silence.has_ended_call and task is not None and not task.cancelling():
+                raise Unavailable("the replica says nothing and is registered no more") from None
+            raise
+        silence.heard()
+        return message
 
     def _connection(self, address: str) -> _Connection:
         connection = self._connections.get(address)

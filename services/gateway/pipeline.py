@@ -255,7 +255,8 @@ class Pipeline:
         self, turn: TurnRequest, route: Route, request: pb.GenerateRequest
     ) -> AsyncGenerator[pb.GenerateResponse]:
         remaining_s = None if turn.deadline_s is None else max(turn.deadline_s - time.monotonic(), 0.001)
-        return self._parts.decode.generate(route.record.address, request, remaining_s, turn.traceparent)
+        silence = self._parts.replicas.silence(route.record)
+        return self._parts.decode.generate(route.record.address, request, remaining_s, turn.traceparent, silence)
 
     def _identity(self, turn: TurnRequest, history: History, lease: TurnLease) -> TurnIdentity:
         number = history.num_turns + 1 if turn.session is not None else 0

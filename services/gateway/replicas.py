@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 
 from services.common.errors import Unavailable
 from services.common.telemetry import Metrics
+from services.gateway.silence import Silence
 from services.sessions.registry import ReplicaRecord, ReplicaRegistry, Role
 
 
@@ -47,6 +48,18 @@ class Replicas:
         now_s = self._clock()
         self._lost_until_s = {key: until_s for key, until_s in self._lost_until_s.items() if until_s > now_s}
         return tuple(record for record in self._last if record.incarnation not in self._lost_until_s)
+
+    def silence(self, record: ReplicaRecord) -> Silence:
+        """To watch a call to the process of this record with: whether it is gone, by the registry alone."""
+
+        async def is_gone() -> bool:
+            try:
+                registered = await self._registry.list(Role.DECODE)
+            except Unavailable:
+                return False
+            return all(each.incarnation != record.incarnation for each in registered)
+
+        return Silence(is_gone, self._lost_for_s / 2)
 
     @property
     def pending_tokens(self) -> Mapping[str, int]:

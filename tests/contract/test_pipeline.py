@@ -13,6 +13,7 @@ from services.common.errors import Exhausted, InvalidRequest, NotFound, SessionB
 from services.common.messages import Delta, Finished, Message, RoutingReason, Started, TurnEvent, TurnRequest
 from services.common.sampling import FinishReason, SamplingParams
 from services.sessions.embedded import EmbeddedServer
+from services.sessions.registry import Role
 from tests.contract.scripted_decode import Cluster, scripted_cluster
 from tests.redis_servers import running_server
 
@@ -196,6 +197,35 @@ async def test_stop_string_ends_the_turn_also_if_the_replica_does_not_hear_of_it
     assert (text, finished.reason) == ("The fox took the lantern home,", FinishReason.STOP)
     assert finished.num_resumes == 0
     await soon(lambda: cluster.replicas[finished.replica].num_open == 0)
+
+
+async def test_a_replica_that_hangs_and_is_registered_no_more_costs_no_token(server: EmbeddedServer) -> None:
+    short = {"registry_ttl_s": 0.4, "heartbeat_s": 0.2}
+    async with scripted_cluster(server.url, REPLY, sessions=short) as cluster:
+        hanging = cluster.replicas["a"]
+        hanging.hangs_at = 4
+        await cluster.register("b", num_waiting_tokens=10_000)
+        asked = asyncio.create_task(run(cluster, turn(session=None)))
+        await soon(lambda: hanging.num_open == 1)
+        await asyncio.sleep(0.6)  # as long as it is registered it is waited for
+        assert hanging.num_open == 1
+        await cluster.registry.deregister(Role.DECODE, "a", "a-1")
+        started, text, _, finished = parts_of(await asked)
+        assert (started.routing.replica, finished.replica, finished.num_resumes, text) == ("a", "b", 1, REPLY)
+        assert cluster.replicas["b"].requests[0].num_resumed_tokens == 4
+        await soon(lambda: hanging.num_open == 0)
+
+
+async def test_a_turn_that_waits_for_a_hanging_replica_can_be_cancelled(server: EmbeddedServer) -> None:
+    async with scripted_cluster(server.url, REPLY, sessions={"registry_ttl_s": 0.4, "heartbeat_s": 0.2}) as cluster:
+        for replica in cluster.replicas.values():
+            replica.hangs_at = 1
+        asked = asyncio.create_task(run(cluster, turn(session=None)))
+        await soon(lambda: sum(each.num_open for each in cluster.replicas.values()) == 1)
+        asked.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+        await soon(lambda: not any(each.num_open for each in cluster.replicas.values()))
 
 
 async def test_deleting_a_session_tells_who_holds_it(cluster: Cluster) -> None:

@@ -11,6 +11,7 @@ from services.client import AsyncSession
 from services.common.messages import Delta
 from services.common.sampling import SamplingParams
 from services.gateway.decode_client import DecodeClient
+from services.gateway.silence import Silence
 from services.local import LocalPipeline, LocalRequest
 from services.pb.antiphon.internal.v1 import decode_service_pb2 as pb
 from services.sessions.registry import ReplicaRecord
@@ -19,6 +20,10 @@ from tests.cluster.serving import HEARTBEAT_S, Serving
 
 # A second for the work to end, and the beats that say so, on a machine that does other things too.
 FREE_WITHIN_S = 1.0 + 8 * HEARTBEAT_S
+
+
+async def _stays() -> bool:
+    return False
 
 
 @asynccontextmanager
@@ -35,7 +40,7 @@ async def busy(started: Serving, holder: ReplicaRecord) -> AsyncIterator[None]:
             token_ids=[number + 100, 200, 300],
             sampling=sampling,
         )
-        async for _ in decode.generate(holder.address, request, None, None):
+        async for _ in decode.generate(holder.address, request, None, None, Silence(_stays, 60.0)):
             pass
 
     tasks = [asyncio.create_task(load(number)) for number in range(24)]
