@@ -6,98 +6,28 @@ Environment variables override: ANTIPHON__GATEWAY__PORT=9001 sets gateway.port.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from services.common.errors import InvalidSettings
+from services.common.settings_model import EngineSettings, ModelSettings
+from services.common.settings_scaling import AutoscalingSettings, ReplicaBounds
+from services.common.settings_section import MIB, PlacedSection, Port, PositiveInt, Seconds, Section
 from services.common.settings_source import application_args, describe, with_overrides
 
-MIB = 2**20
-
-Port = Annotated[int, Field(ge=0, le=65535)]
-PositiveInt = Annotated[int, Field(ge=1)]
-Seconds = Annotated[float, Field(gt=0)]
-Fraction = Annotated[float, Field(gt=0, le=1)]
-Amount = Annotated[float, Field(gt=0)]
+__all__ = [
+    "MIB", "AutoscalingSettings", "DecodeSettings", "EngineSettings", "GatewaySettings", "ModelSettings",
+    "PrefillSettings", "ReplicaBounds", "RoutingSettings", "SessionSettings", "Settings", "TelemetrySettings",
+    "TlsSettings", "TokenizerSettings", "TransferSettings", "markdown",
+]  # fmt: skip
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
-
-
-class _PlacedSettings(_Section):
-    resources: dict[str, Amount] = Field(
-        default={},
-        description="Ray resources that one replica takes besides CPUs and GPUs: it runs only where they are offered.",
-    )
-
-
-class ModelSettings(_Section):
-    """Which model is served, and in which number formats."""
-
-    path: str = Field(default="demo", description="Directory of a checkpoint, model id of a hub, or `demo`.")
-    served_name: str | None = Field(default=None, description="Name that clients see. Not set: last part of `path`.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto",
-        description="Number format of weights and activations. auto: the checkpoint's, float32 on a CPU.",
-    )
-    cache_mode: Literal["absorb", "naive"] = Field(
-        default="absorb",
-        description="What the cache holds: the latent (absorb), or keys and values of each head (naive).",
-    )
-    kv_dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8"] = Field(
-        default="auto", description="Number format of the cache. auto: as `dtype`. fp8 needs absorb."
-    )
-    load_format: Literal["safetensors", "dummy"] = Field(
-        default="safetensors", description="Where weights come from: the files, or a seeded random generator (dummy)."
-    )
-    max_seq_len: PositiveInt | None = Field(
-        default=None, description="Most tokens of prompt and reply together. Not set: the model's own limit."
-    )
-    seed: int = Field(default=0, ge=0, description="Seed of dummy weights.")
-
-    @model_validator(mode="after")
-    def _fp8_needs_absorb(self) -> Self:
-        if self.kv_dtype == "fp8" and self.cache_mode != "absorb":
-            raise ValueError("kv_dtype fp8 needs cache_mode absorb")
-        return self
-
-
-class EngineSettings(_Section):
-    """One engine: its block pool, and how much it does in one step."""
-
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto", description="Where it runs. auto: cuda if there is one."
-    )
-    block_size: PositiveInt = Field(default=16, description="Tokens of one KV block.")
-    memory_fraction: Fraction = Field(
-        default=0.9, description="Part of the GPU's memory for weights, activations and blocks together (GPU only)."
-    )
-    kv_cache_bytes: PositiveInt | None = Field(
-        default=None, description="Bytes of the block pool. Not set: what memory_fraction leaves; 256 MiB on a CPU."
-    )
-    num_blocks: PositiveInt | None = Field(default=None, description="Blocks of the pool; overrides both fields above.")
-    max_num_batched_tokens: PositiveInt = Field(default=2048, description="Most tokens computed in one step.")
-    max_num_sequences: PositiveInt = Field(default=64, description="Most sequences that run at once.")
-    max_num_waiting: PositiveInt = Field(default=256, description="Most sequences that wait; more are refused.")
-    prefix_caching: bool = Field(
-        default=True, description="Reuse blocks of prompts seen before. Off: every turn is cold."
-    )
-    cuda_graphs: bool = Field(
-        default=True, description="Capture decode steps as CUDA graphs when the model is loaded (GPU only)."
-    )
-    num_threads: PositiveInt | None = Field(
-        default=None, description="CPU threads of PyTorch. Not set: PyTorch's choice."
-    )
-
-
-class TlsSettings(_Section):
+class TlsSettings(Section):
     """PEM files of a TLS endpoint."""
 
     cert_file: Path = Field(description="Certificate chain of the server.")
@@ -107,7 +37,7 @@ class TlsSettings(_Section):
     )
 
 
-class GatewaySettings(_PlacedSettings):
+class GatewaySettings(PlacedSection):
     """The gRPC server that clients speak to."""
 
     host: str = Field(default="127.0.0.1", description="Address it listens on. Loopback unless said otherwise.")
@@ -154,7 +84,7 @@ class GatewaySettings(_PlacedSettings):
     reflection: bool = Field(default=True, description="Offer gRPC server reflection.")
 
 
-class SessionSettings(_Section):
+class SessionSettings(Section):
     """Where sessions and the registry of replicas live, and how long things last there."""
 
     store: Literal["embedded", "redis", "sentinel"] = Field(
@@ -212,7 +142,7 @@ class SessionSettings(_Section):
         return self
 
 
-class RoutingSettings(_Section):
+class RoutingSettings(Section):
     """How the router picks a decode replica."""
 
     policy: Literal["cost", "consistent_hash", "random"] = Field(
@@ -232,7 +162,7 @@ class RoutingSettings(_Section):
     )
 
 
-class TransferSettings(_Section):
+class TransferSettings(Section):
     """How KV blocks move between replicas."""
 
     backend: Literal["rdt"] = Field(default="rdt", description="Ray Direct Transport (NIXL), on GPU and CPU.")
@@ -250,7 +180,7 @@ class TransferSettings(_Section):
     )
 
 
-class _WorkerSettings(_PlacedSettings):
+class _WorkerSettings(PlacedSection):
     num_replicas: PositiveInt = Field(default=1, description="Replicas.")
     num_gpus: float = Field(
         default=0.0, ge=0, description="GPUs of one replica; a half shares one with another replica."
@@ -289,73 +219,13 @@ class DecodeSettings(_WorkerSettings):
     )
 
 
-class TokenizerSettings(_PlacedSettings):
+class TokenizerSettings(PlacedSection):
     """The tokenizer deployment."""
 
     num_replicas: PositiveInt = Field(default=1, description="Replicas.")
 
 
-class ReplicaBounds(_Section):
-    """How many replicas of a deployment there may be."""
-
-    min: PositiveInt = Field(default=1, description="Fewest replicas.")
-    max: PositiveInt = Field(default=1, description="Most replicas.")
-
-    @model_validator(mode="after")
-    def _is_a_range(self) -> Self:
-        if self.min > self.max:
-            raise ValueError("min must not exceed max")
-        return self
-
-
-class AutoscalingSettings(_Section):
-    """How many replicas there are, by load. Off: each deployment's num_replicas, for good."""
-
-    enabled: bool = Field(
-        default=False,
-        description="Follow the load; num_replicas is the start. A Serve config needs its autoscaling_policy, too.",
-    )
-    gateway: ReplicaBounds = ReplicaBounds()
-    tokenizer: ReplicaBounds = ReplicaBounds()
-    prefill: ReplicaBounds = ReplicaBounds()
-    decode: ReplicaBounds = ReplicaBounds()
-    interval_s: Seconds = Field(default=1.0, description="Time between two decisions, in seconds.")
-    target_queue_s: Seconds = Field(
-        default=1.0, description="Longest that waiting prompt tokens may take at the measured speed, in seconds."
-    )
-    max_prefill_busy: Fraction = Field(default=0.8, description="Part of the time that prefill replicas may compute.")
-    target_inter_token_s: Seconds = Field(
-        default=0.05, description="Time between two tokens of a reply that decode aims at, in seconds."
-    )
-    max_kv_usage: Fraction = Field(default=0.8, description="Part of the KV blocks that running turns may use.")
-    max_cpu: Fraction = Field(default=0.7, description="Part of one core that a gateway or tokenizer replica may use.")
-    max_turns: PositiveInt = Field(default=256, description="Turns, or calls of a tokenizer, at once in one replica.")
-    min_prefill_per_decode: float = Field(default=0.0, ge=0, description="Least prefill replicas a decode replica.")
-    max_prefill_per_decode: float = Field(default=8.0, gt=0, description="Most prefill replicas a decode replica.")
-    up_window_s: float = Field(
-        default=0.0, ge=0, description="More replicas only if wanted for so long, in seconds. 0: at the first sight."
-    )
-    down_window_s: Seconds = Field(
-        default=300.0, description="Fewer replicas only if enough for so long, and so long after a change, in seconds."
-    )
-    down_margin: Fraction = Field(
-        default=0.7, description="Part of their targets that the replicas left over may be loaded to."
-    )
-    session_keep_s: Seconds = Field(
-        default=600.0, description="KV of a session without a turn for longer is not worth keeping, in seconds."
-    )
-
-    @model_validator(mode="after")
-    def _ratio_can_be_kept(self) -> Self:
-        least, most = self.min_prefill_per_decode, self.max_prefill_per_decode
-        for num_decode in range(self.decode.min, self.decode.max + 1):
-            fewest = max(self.prefill.min, math.ceil(least * num_decode - 1e-9))
-            if fewest <= min(self.prefill.max, math.floor(most * num_decode + 1e-9)):
-                return self
-        raise ValueError("no number of prefill and decode replicas within their bounds keeps the ratio")
-
-
-class TelemetrySettings(_Section):
+class TelemetrySettings(Section):
     """Logs and metrics."""
 
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
@@ -369,7 +239,7 @@ class TelemetrySettings(_Section):
     )
 
 
-class Settings(_Section):
+class Settings(Section):
     """The whole configuration."""
 
     model: ModelSettings = ModelSettings()
