@@ -15,6 +15,9 @@ from services.engine.scheduler import Reservation
 
 T = TypeVar("T")
 
+# How long a step may go on once the loop is to stop. One that hangs ends with the process.
+_STOP_S = 10.0
+
 # A step with nothing to do while blocks are held outside: look again after this long, or at the next call.
 _IDLE_WAIT_S = 0.01
 
@@ -28,6 +31,8 @@ class EngineLoop:
         self._streams: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue[EngineOutput | BaseException]]] = {}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._is_stopped = False
+        self._is_closed = False  # nobody takes calls any more
+        self._closing = threading.Lock()
         self.failure: BaseException | None = None
 
     def start(self) -> None:
@@ -38,11 +43,11 @@ class EngineLoop:
         if not self._is_stopped:
             self._is_stopped = True
             self._calls.put(None)
-            await asyncio.to_thread(self._thread.join)
+            await asyncio.to_thread(self._thread.join, _STOP_S)
 
     @property
     def is_healthy(self) -> bool:
-        return self._thread.is_alive() and self.failure is None
+        return self._thread.is_alive() and self.failure is None and not self._is_closed
 
     async def call(self, fn: Callable[[Engine], T]) -> T:
         """fn(engine), run on the engine's thread between two steps. Raises what fn raises."""
@@ -59,7 +64,10 @@ class EngineLoop:
             else:
                 future.set_result(result)
 
-        self._calls.put(run)
+        with self._closing:
+            if self._is_closed:
+                raise Unavailable("the engine is not running")
+            self._calls.put(run)
         return await asyncio.shield(asyncio.wrap_future(future))
 
     async def generate(
@@ -145,6 +153,8 @@ class EngineLoop:
         for stream in self._streams.values():
             _put(*stream, error)
         self._streams.clear()
+        with self._closing:
+            self._is_closed = True
         while not self._calls.empty():
             call = self._calls.get()
             if call is not None:

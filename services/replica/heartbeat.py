@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
@@ -22,26 +23,29 @@ _MIN_INTERVAL_S = 0.05
 class Heartbeat:
     """Registers `record`, kept current by the engine's stats, until `stop`.
 
-    extend: adds what only the owner knows. after_beat: called after each report that arrived. failure: set when this
-    process has been replaced by a younger one and should end.
+    max_step_s: an engine that answers no call for so long hangs. extend: adds what only the owner knows. after_beat:
+    called after each report that arrived. failure: set, and the last report sent, when this process should end: a
+    younger one has replaced it, or its engine hangs.
     """
 
     def __init__(
         self, registry: ReplicaRegistry, record: ReplicaRecord, loop: EngineLoop, metrics: Metrics, *,
-        interval_s: float, ttl_s: float,
+        interval_s: float, ttl_s: float, max_step_s: float,
         extend: Callable[[ReplicaRecord], ReplicaRecord] = lambda record: record,
         after_beat: Callable[[], Awaitable[None]] | None = None,
     ) -> None:  # fmt: skip
-        self.failure: StaleLease | None = None
+        self.failure: StaleLease | Unavailable | None = None
         self._registry = registry
         self._record = record
         self._loop = loop
         self._metrics = metrics
         self._interval_s = interval_s
         self._ttl_s = ttl_s
+        self._max_step_s = max_step_s
         self._extend = extend
         self._after_beat = after_beat
         self._asking: asyncio.Future[tuple[EngineStats, int]] | None = None
+        self._asked_s = 0.0  # on the monotonic clock
         self._task: asyncio.Task[None] | None = None
         self._has_changed = asyncio.Event()
         self._num_preemptions = 0
@@ -85,6 +89,8 @@ class Heartbeat:
 
     async def _beat(self) -> None:
         await self._refresh()
+        if self.failure is not None:
+            return
         try:
             await self._registry.heartbeat(self._extend(self._record), self._ttl_s)
             if self._after_beat is not None:
@@ -100,9 +106,12 @@ class Heartbeat:
     async def _refresh(self) -> None:
         """Takes in the engine's stats; those of the last time if it is in a step that takes longer than a beat."""
         if self._asking is None:
-            self._asking = asyncio.ensure_future(self._loop.call(_look))
+            self._asking, self._asked_s = asyncio.ensure_future(self._loop.call(_look)), time.monotonic()
         await asyncio.wait({self._asking}, timeout=self._interval_s / 2)
         if not self._asking.done():
+            if time.monotonic() - self._asked_s > self._max_step_s:
+                self.failure = Unavailable("the engine hangs in a step")
+                log.error("the engine hangs in a step: this replica reports no more")
             return
         asked, self._asking = self._asking, None
         if asked.exception() is None:

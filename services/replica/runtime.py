@@ -119,6 +119,7 @@ class ReplicaRuntime:
             self.metrics,
             interval_s=sessions.heartbeat_s,
             ttl_s=sessions.registry_ttl_s,
+            max_step_s=self._settings.engine.max_step_s,
             extend=lambda each: extend(replace(each, transfer_bytes_per_s=self.exchange.transfer_bytes_per_s)),
             after_beat=after_beat,
         )
