@@ -4,12 +4,13 @@
 
 There is no prefill mode and no decode mode: a step is a list of chunks, and a chunk is some tokens of one sequence.
 Sequences run in order of arrival. When blocks run out the latest arrival gives its blocks back and is computed again
-later (its blocks usually stay cached until then), so the earliest one always goes on, and so everyone's turn comes.
+later (its blocks usually stay cached until then), so the earliest one always goes on, and so everyone's turn comes:
+`queues` does that.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from services.common.errors import InvalidRequest, PromptTooLong, QueueFull
 from services.common.prefix_hash import PrefixHasher
 from services.common.sampling import FinishReason
 from services.engine.block_pool import BlockPool
+from services.engine.queues import SequenceQueues
 from services.engine.reservation import Reservation, ReservationBook
 from services.engine.sequence import Sequence, SequenceStatus
 
@@ -87,31 +89,33 @@ class Scheduler:
         self.pool = pool
         # The last token of a sequence is sampled but never computed, hence the one more than there are slots.
         self.max_seq_len = min(config.max_seq_len, pool.num_blocks * pool.block_size + 1)
-        self.num_preemptions = 0
-        self._waiting: OrderedDict[str, Sequence] = OrderedDict()  # both in order of arrival
-        self._running: OrderedDict[str, Sequence] = OrderedDict()
+        self._queues = SequenceQueues(pool, config.max_num_sequences)
         self._reservations = ReservationBook(pool)
-        self._num_arrivals = 0
         self._open_steps: deque[list[list[int]]] = deque()  # block tables of sequences that ended while it was the last
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        return len(self._queues.running)
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._queues.waiting)
+
+    @property
+    def num_preemptions(self) -> int:
+        """How often a sequence had to give its blocks back."""
+        return self._queues.num_preemptions
 
     @property
     def num_waiting_tokens(self) -> int:
         """Tokens still to be computed, of waiting and running sequences."""
-        queues = (self._waiting, self._running)
+        queues = (self._queues.waiting, self._queues.running)
         return sum(seq.num_uncomputed_tokens for queue in queues for seq in queue.values())
 
     @property
     def num_running_tokens(self) -> int:
         """Tokens of the running sequences: what each step has to read."""
-        return sum(seq.num_tokens for seq in self._running.values())
+        return sum(seq.num_tokens for seq in self._queues.running.values())
 
     @property
     def num_reservations(self) -> int:
@@ -126,7 +130,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether a sequence is waiting or running."""
-        return bool(self._waiting or self._running)
+        return len(self._queues) > 0
 
     # Sequences come and go.
 
@@ -144,18 +148,16 @@ class Scheduler:
             )
         if seq.num_tokens >= self.max_seq_len:
             raise InvalidRequest("prompt", f"{seq.num_tokens} tokens; the KV cache holds {self.max_seq_len - 1}")
-        if len(self._waiting) >= self.config.max_num_waiting:
-            raise QueueFull(f"{len(self._waiting)} sequences are waiting already")
-        if seq.seq_id in self._waiting or seq.seq_id in self._running:
+        if self.num_waiting >= self.config.max_num_waiting:
+            raise QueueFull(f"{self.num_waiting} sequences are waiting already")
+        if self._queues.find(seq.seq_id) is not None:
             raise ValueError(f"sequence {seq.seq_id!r} is scheduled already")
         if seq.hasher.block_size != self.pool.block_size:
             raise ValueError(f"prefix hashes of {seq.hasher.block_size} tokens, blocks of {self.pool.block_size}")
         if reservation is not None:
             self._reservations.move_into(reservation, seq)
         seq.max_seq_len = min(seq.max_seq_len, self.max_seq_len)
-        seq.arrival = self._num_arrivals
-        self._num_arrivals += 1
-        self._waiting[seq.seq_id] = seq
+        self._queues.append(seq)
 
     def abort(self, seq_id: str) -> bool:
         """Ends a sequence and frees everything it holds; False if it is not (or no longer) here."""
@@ -167,7 +169,7 @@ class Scheduler:
         A sequence that keeps its blocks keeps them for STOP and LENGTH only; while a step is open the runner may still
         be writing to them.
         """
-        seq = self._running.get(seq_id) or self._waiting.get(seq_id)
+        seq = self._queues.find(seq_id)
         if seq is None:
             return False
         self._end(seq, reason)
@@ -184,7 +186,7 @@ class Scheduler:
         """
         if self._open_steps:
             raise AssertionError("the previous step is still open: commit it")
-        sequences = self._running_with_room()
+        sequences = self._queues.running_with_room()
         num_left = self.config.max_num_batched_tokens - len(sequences)
         guaranteed = max(1, min(_MAX_GUARANTEED_TOKENS, num_left // 8))
         sizes = []
@@ -192,7 +194,7 @@ class Scheduler:
             size = min(seq.num_uncomputed_tokens, guaranteed, 1 + num_left)
             num_left -= size - 1
             sizes.append(size)
-        for seq in self._admit_waiting(num_left, guaranteed):
+        for seq in self._queues.admit_waiting(num_left, guaranteed):
             size = min(seq.num_uncomputed_tokens, guaranteed)
             num_left -= size
             sequences.append(seq)
@@ -211,8 +213,7 @@ class Scheduler:
         must not change any more.
         """
         alive = [chunk for chunk in chunks if chunk.seq.status is SequenceStatus.RUNNING]
-        can_admit = self._waiting and len(self._running) < self.config.max_num_sequences
-        if can_admit or len(alive) < len(self._running) or len(self._open_steps) != 1:
+        if self._queues.can_admit or len(alive) < self.num_running or len(self._open_steps) != 1:
             return []
         going_on = [chunk for chunk in alive if not chunk.samples or chunk.seq.goes_on_whatever_is_sampled()]
         if any(not chunk.samples or chunk.seq.keeps_blocks for chunk in going_on):
@@ -261,9 +262,7 @@ class Scheduler:
 
         Never takes what running sequences or the first waiting one will need. Raises OutOfBlocks, nothing changed.
         """
-        num_promised = self._num_promised_blocks()
-        if self._waiting:
-            num_promised += self._num_missing_blocks(next(iter(self._waiting.values())))
+        num_promised = self._queues.num_promised_blocks() + self._queues.num_blocks_of_first_waiting()
         return self._reservations.open(token_ids, hasher, num_promised)
 
     def arrived(self, reservation: Reservation, num_tokens: int) -> None:
@@ -286,7 +285,7 @@ class Scheduler:
 
         tables_held_outside: whatever else references blocks: tables kept at a finish, blocks being published.
         """
-        sequences = [*self._running.values(), *self._waiting.values()]
+        sequences = [*self._queues.running.values(), *self._queues.waiting.values()]
         tables = [seq.block_table for seq in sequences]
         tables += self._reservations.tables()
         ended = [table for step in self._open_steps for table in step]
@@ -299,105 +298,7 @@ class Scheduler:
             if not (seq.num_computed_tokens <= num_slots and seq.num_computed_tokens < seq.num_tokens):
                 raise AssertionError(f"tokens and blocks do not fit: {seq}")
 
-    # Blocks for running sequences.
-
-    def _running_with_room(self) -> list[Sequence]:
-        """The running sequences, each with a slot for its next token; takes blocks from the latest where it must."""
-        block_size = self.pool.block_size
-        with_room = []
-        for seq in list(self._running.values()):
-            if seq.status is not SequenceStatus.RUNNING:
-                continue  # an earlier one took its blocks
-            if seq.num_computed_tokens < len(seq.block_table) * block_size or self._grow(seq):
-                with_room.append(seq)
-        return with_room
-
-    def _grow(self, seq: Sequence) -> bool:
-        """Gives a running sequence one more block. False: it had to yield, or all blocks are held outside."""
-        while self.pool.num_free_blocks == 0:
-            if self._take_back_from_waiting():
-                continue
-            latest = next(reversed(self._running.values()))
-            if latest is seq and len(self._running) == 1:
-                return False
-            self._preempt(latest)
-            if latest is seq:
-                return False
-        seq.block_table += self.pool.allocate(1)
-        return True
-
-    def _preempt(self, seq: Sequence) -> None:
-        """Puts the latest running sequence back to the head of the queue, with nothing computed."""
-        del self._running[seq.seq_id]
-        seq.status = SequenceStatus.WAITING
-        self._waiting[seq.seq_id] = seq
-        self._waiting.move_to_end(seq.seq_id, last=False)
-        self._take_back(seq)
-
-    def _take_back_from_waiting(self, spared: Sequence | None = None) -> bool:
-        """Takes the blocks (of a reservation) from the latest waiting sequence that has some; False if none has."""
-        for seq in reversed(self._waiting.values()):
-            if seq.block_table and seq is not spared:
-                self._take_back(seq)
-                return True
-        return False
-
-    def _take_back(self, seq: Sequence) -> None:
-        self.pool.release(seq.block_table)
-        seq.block_table = []
-        seq.num_computed_tokens = 0
-        seq.num_preemptions += 1
-        self.num_preemptions += 1
-
-    # Admission.
-
-    def _admit_waiting(self, num_tokens_left: int, guaranteed: int) -> list[Sequence]:
-        """Lets waiting sequences run, in order, as far as tokens and blocks allow."""
-        admitted: list[Sequence] = []
-        max_running = self.config.max_num_sequences
-        num_promised = self._num_promised_blocks() if self._waiting and len(self._running) < max_running else 0
-        while self._waiting and len(self._running) < max_running:
-            seq = next(iter(self._waiting.values()))
-            if not self._admit(seq, num_tokens_left, guaranteed, num_promised):
-                break
-            num_tokens_left -= min(seq.num_uncomputed_tokens, guaranteed)
-            num_promised += self._num_missing_blocks(seq) + 1
-            admitted.append(seq)
-        return admitted
-
-    def _admit(self, seq: Sequence, num_tokens_left: int, guaranteed: int, num_promised: int) -> bool:
-        matched: list[int] = []
-        if seq.reuses_prefix and not seq.block_table:
-            # The last token is always computed: its logits are what the prompt is for.
-            matched = self.pool.match(seq.block_hashes[: (seq.num_tokens - 1) // self.pool.block_size])
-        num_computed = seq.num_computed_tokens or len(matched) * self.pool.block_size
-        if min(seq.num_tokens - num_computed, guaranteed) > num_tokens_left:
-            return False
-        num_new = self._num_missing_blocks(seq) - len(matched)
-        while not self.pool.can_take(matched, num_new + num_promised):
-            # With nobody running nothing will be freed, unless those behind it give up what they brought along.
-            if self._running or not self._take_back_from_waiting(spared=seq):
-                return False
-        if not seq.block_table:
-            self.pool.acquire(matched)
-            seq.block_table = matched
-            seq.num_computed_tokens = num_computed
-            if seq.num_preemptions == 0:
-                seq.num_cached_tokens = num_computed
-        del self._waiting[seq.seq_id]
-        seq.status = SequenceStatus.RUNNING
-        self._running[seq.seq_id] = seq
-        return True
-
-    def _num_missing_blocks(self, seq: Sequence) -> int:
-        return max(0, self.pool.num_blocks_for(seq.num_tokens) - len(seq.block_table))
-
-    def _num_promised_blocks(self) -> int:
-        """Blocks that the running sequences will take for the tokens they have, and one each to grow into.
-
-        Without the promise a newcomer's blocks would be taken back a step later.
-        """
-        return sum(self._num_missing_blocks(seq) + 1 for seq in self._running.values())
+    # Parts of a step.
 
     def _chunk(self, seq: Sequence, size: int) -> Chunk:
         """A chunk of `size` tokens, or of as many as there are blocks for (there is room for one at least)."""
@@ -418,8 +319,7 @@ class Scheduler:
         seq.num_computed_tokens = num_computed
 
     def _end(self, seq: Sequence, reason: FinishReason) -> None:
-        queue = self._running if seq.status is SequenceStatus.RUNNING else self._waiting
-        del queue[seq.seq_id]
+        self._queues.remove(seq)
         seq.status = SequenceStatus.FINISHED
         seq.finish_reason = reason
         if seq.keeps_blocks and reason in (FinishReason.STOP, FinishReason.LENGTH):
