@@ -38,6 +38,11 @@ class Load:
     later_tokens: int
     reply_tokens: int
 
+    @property
+    def num_session_tokens(self) -> int:
+        """Of one session at its end, about."""
+        return self.first_tokens + (self.num_turns - 1) * self.later_tokens + self.num_turns * self.reply_tokens
+
     def messages(self, seed: int, tokens_per_word: float) -> list[list[str]]:
         """The user's messages, by session; no two sessions begin alike."""
         rng = random.Random(seed)
@@ -176,6 +181,7 @@ def summary(result: Run) -> dict[str, Any]:
         "ttft_ms_by_turn": {n: percentiles(t.ttft_ms for t in result.turns if t.number == n) for n in numbers},
         "ttft_ms_later_turns": percentiles(turn.ttft_ms for turn in later),
         "kv_origins_later_turns": origins(later),
+        "prefill_s": round(sum(turn.finished.timings.prefill_ms for turn in result.turns) / 1e3, 2),
         "transfer_share_of_ttft_later_turns": _mean(t.finished.timings.transfer_ms / t.ttft_ms for t in later),
         "prefill_places": Counter(turn.finished.prefill_place.value for turn in result.turns),
         "routing_reasons": Counter(turn.started.routing.reason.value for turn in result.turns),
