@@ -60,5 +60,13 @@ def test_the_gateways_hook_lets_it_end_when_idle(seen: dict[str, Any]) -> None:
     assert seen["drained"] == 0
 
 
+def test_a_decode_pod_that_ends_hands_its_session_over_and_no_turn_fails(seen: dict[str, Any]) -> None:
+    moved = seen["moved"]
+    assert (moved["hook"], moved["is_elsewhere"]) == (0, True)
+    assert moved["num_turns_meanwhile"] > 0
+    assert moved["num_cached_tokens"] >= moved["num_prompt_tokens"] // 16 * 16  # whole blocks
+    assert moved["sources"][0] == "LOCAL"
+
+
 def test_what_replicas_say_is_in_their_pods_logs(seen: dict[str, Any]) -> None:
     assert all(seen["logged"].values())

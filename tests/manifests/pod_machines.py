@@ -2,8 +2,9 @@
 
     unshare --net --mount --pid --fork --kill-child --mount-proc python -m tests.manifests.pod_machines OVERLAY
 
-What is played: KubeRay's `ray start` lines and variables, its PUT of serveConfigV2, kubelet's probes, the preStop hook.
-What is not: the scheduler, the autoscaler (it needs an API server), NetworkPolicies.
+What is played: KubeRay's `ray start` lines and variables, its PUT of serveConfigV2, kubelet's probes, the preStop
+hooks; of the autoscaler (it needs an API server), that a pod comes for a replica without one. What is not: the
+scheduler, NetworkPolicies.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from services.common.settings import Settings
 from tests.manifests.kustomize import K8S, build
 from tests.manifests.machines import Machine, image_environment, prepare
 from tests.manifests.model import AGENT_PORT, Cluster, Pod
+from tests.manifests.moving import move_away
 from tests.manifests.stores import make_secrets
 
 _TIMEOUT_S = 240.0
@@ -102,6 +104,17 @@ class Pods:
         for machine in [each for each in self.machines if each.pod.name in names]:
             machine.start(self.command(machine), self.environment(machine), self.hosts)
 
+    def add(self, name: str) -> None:
+        """One more pod of a group, running."""
+        machine = Machine(len(self.machines), self.of(name)[0].pod, self.cluster, self.secrets)
+        self.machines.append(machine)
+        machine.start(self.command(machine), self.environment(machine), self.hosts)
+
+    def hook(self, machine: Machine) -> int:
+        """Runs the pod's preStop hook; its exit status."""
+        command = machine.pod.main["lifecycle"]["preStop"]["exec"]["command"]
+        return machine.run(command, self.environment(machine))
+
     def is_ready(self, machine: Machine) -> bool:
         """As kubelet asks; the head, for which KubeRay adds the probe, by Ray's agent."""
         probe = machine.pod.main.get("readinessProbe") or {"httpGet": {"path": "/api/healthz", "port": AGENT_PORT}}
@@ -125,6 +138,17 @@ class Pods:
         """Names of the ports that answer a scraper."""
         ports = machine.pod.named_ports.items()
         return sorted(name for name, port in ports if name.endswith("metrics") and self.get(machine, port, "/metrics"))
+
+    def deployments(self) -> dict[str, Any] | None:
+        """What Serve says of them; None while it says nothing. One that cannot start ends it all, in its own words."""
+        answer = self.get(self.of("headgroup")[0], 8265, "/api/serve/applications/")
+        application = json.loads(answer or "{}").get("applications", {}).get("antiphon")
+        if application is None:
+            return None
+        found: dict[str, Any] = application["deployments"]
+        if application["status"] == "DEPLOY_FAILED":
+            raise SystemExit("\n".join(f"{name}: {each['message'][-2000:]}" for name, each in found.items()))
+        return found
 
     def until(self, what: str, condition: Callable[[], bool]) -> None:
         """Waits; shows what the pods have said if it takes too long, or one has ended."""
@@ -170,19 +194,7 @@ def bring_up(pods: Pods) -> None:
     pods.start(*(group["groupName"] for group in pods.cluster.groups))
     config, path = json.dumps(pods.cluster.serve_config).encode(), "/api/serve/applications/"
     pods.until("application", lambda: pods.get(head, 8265, path, data=config, method="PUT") is not None)
-    pods.until("readiness", lambda: deployments(pods) is not None and all(map(pods.is_ready, pods.machines)))
-
-
-def deployments(pods: Pods) -> dict[str, Any] | None:
-    """What Serve says about them; None while it says nothing. One that cannot start ends it all, with its own words."""
-    answer = pods.get(pods.of("headgroup")[0], 8265, "/api/serve/applications/")
-    application = json.loads(answer or "{}").get("applications", {}).get("antiphon")
-    if application is None:
-        return None
-    found: dict[str, Any] = application["deployments"]
-    if application["status"] == "DEPLOY_FAILED":
-        raise SystemExit("\n".join(f"{name}: {each['message'][-2000:]}" for name, each in found.items()))
-    return found
+    pods.until("readiness", lambda: pods.deployments() is not None and all(map(pods.is_ready, pods.machines)))
 
 
 def observe(pods: Pods, settings: Settings) -> dict[str, Any]:
@@ -190,16 +202,16 @@ def observe(pods: Pods, settings: Settings) -> dict[str, Any]:
     (gateway,) = pods.of("gateway")
     token = yaml.safe_load(pods.secrets["antiphon-tenants"]["tokens.yaml"])["demo"]
     num_tokens = asyncio.run(talk(f"{gateway.address}:{settings.gateway.port}", token))
-    running = (deployments(pods) or {}).items()
+    running = (pods.deployments() or {}).items()
     placed = {name: sorted(each["node_ip"] for each in found["replicas"]) for name, found in running}
-    hook = gateway.pod.main["lifecycle"]["preStop"]["exec"]["command"]
     return {
         "num_tokens": num_tokens,
         "placed": placed,
         "pods": {group: [each.address for each in pods.of(group)] for group in placed},
         "metrics": {each.name: pods.scraped(each) for each in pods.machines if each.pod.is_ray},
-        "drained": gateway.run(hook, pods.environment(gateway)),
         "logged": {each.name: '"level": "INFO"' in each.log.read_text(errors="replace") for each in pods.of("gateway")},
+        "moved": asyncio.run(move_away(pods, f"{gateway.address}:{settings.gateway.port}", token)),
+        "drained": pods.hook(gateway),
     }
 
 

@@ -227,6 +227,10 @@ MISTAKES: dict[str, tuple[str, Mistake]] = {
         "drain",
         lambda p: p.group("gateway")["template"]["spec"].update(terminationGracePeriodSeconds=30),
     ),
+    "a decode replica that Serve does not move away before its pod ends": (
+        "drain",
+        lambda p: p.container("decode").pop("lifecycle"),
+    ),
     "one name twice": ("duplicate", lambda p: p.docs.append(copy.deepcopy(p.doc("Service", "antiphon")))),
 }
 

@@ -50,3 +50,19 @@ def test_says_when_turns_outlast_the_wait(metrics: Metrics, url: str) -> None:
 
 def test_without_a_gateway_there_is_nothing_to_wait_for(url: str) -> None:
     assert drain("http://127.0.0.1:1/metrics", 30) == 0
+
+
+def test_without_a_replica_ray_is_not_even_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert main(["--replica", "--url", "http://127.0.0.1:1/metrics", "--timeout", "30"]) == 0
+
+
+def test_a_replica_whose_ray_has_ended_waits_for_its_turns(
+    metrics: Metrics, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # nobody listens there
+    metrics.set("num_requests_running", 1)
+    replica = ["--replica", "--url", url, "--settle", "0", "--interval", "0.01"]
+    assert main([*replica, "--timeout", "1"]) == 1
+    metrics.set("num_requests_running", 0)
+    assert main([*replica, "--timeout", "1"]) == 0

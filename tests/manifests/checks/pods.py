@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Iterator
 
@@ -152,16 +151,20 @@ def ports(cluster: Cluster) -> Iterator[Finding]:
 
 
 def draining(cluster: Cluster) -> Iterator[Finding]:
-    """drain: a gateway that ends lets its turns end, and gets the time for it."""
-    pod = cluster.pod_of("gateway")
-    if pod is None:
-        return
+    """drain: a gateway that ends lets its turns end, Serve moves an engine's replica; both get the time for it."""
+    for name, words in {"gateway": [], "prefill": ["--replica"], "decode": ["--replica"]}.items():
+        pod = cluster.pod_of(name)
+        if pod is not None:
+            yield from _drains(pod, ["python", "-m", "services.drain", *words, "--timeout"])
+
+
+def _drains(pod: Pod, wanted: list[str]) -> Iterator[Finding]:
     hook = ((pod.main.get("lifecycle") or {}).get("preStop") or {}).get("exec") or {}
     command = hook.get("command") or []
-    if command[:2] != ["python", "-m"] or importlib.util.find_spec(command[2]) is None:
-        yield Finding("drain", pod.name, "a preStop hook that waits for running turns is needed")
+    if command[:-1] != wanted:
+        yield Finding("drain", pod.name, f"a preStop hook is needed: {' '.join(wanted)} SECONDS")
         return
-    wait_s = float(command[command.index("--timeout") + 1])
+    wait_s = float(command[-1])
     if pod.spec.get("terminationGracePeriodSeconds", 30) < wait_s + 30:
         yield Finding("drain", pod.name, "the pod is killed before its preStop hook has ended")
 
