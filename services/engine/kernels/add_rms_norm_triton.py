@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from services.engine.kernels.dependent_launch import begin_after_earlier, dependent
+
 
 def add_rms_norm_triton(h: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """See `add_rms_norm`."""
@@ -27,12 +29,25 @@ def add_rms_norm_triton(h: torch.Tensor, delta: torch.Tensor | None, weight: tor
             ADDS=delta is not None,
             BLOCK=block,
             num_warps=min(16, max(1, block // 512)),
+            **dependent(h.device),
         )
     return out
 
 
 @triton.jit
-def _add_rms_norm(h, delta, weight, out, row_stride, eps, SIZE: tl.constexpr, ADDS: tl.constexpr, BLOCK: tl.constexpr):
+def _add_rms_norm(
+    h,
+    delta,
+    weight,
+    out,
+    row_stride,
+    eps,
+    SIZE: tl.constexpr,
+    ADDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
+):
+    begin_after_earlier(IS_DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
     mask = d < SIZE

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from services.engine.kernels.choose_experts import Routing
+from services.engine.kernels.dependent_launch import begin_after_earlier, dependent
 
 # Up to here our own product is the faster one.
 FEW_TOKENS = 512
@@ -50,6 +51,7 @@ def choose_experts_triton(
         EXPERTS_POW2=triton.next_power_of_2(num_experts),
         CHOSEN_POW2=triton.next_power_of_2(routing.num_chosen),
         num_warps=1 if num_experts <= 128 else 2,
+        **dependent(x.device),
     )
     return ids, weights
 
@@ -61,7 +63,7 @@ def _scores(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.linear(x.float(), weight).unsqueeze(0)
     if num_tokens == 1:
         logits = torch.empty(1, 1, num_experts, dtype=torch.float32, device=x.device)
-        _one_row[(num_experts,)](x, weight, logits, SIZE=x.shape[1], BLOCK_D=1024, num_warps=4)
+        _one_row[(num_experts,)](x, weight, logits, SIZE=x.shape[1], BLOCK_D=1024, num_warps=4, **dependent(x.device))
         return logits
     num_tiles = triton.cdiv(num_tokens, BLOCK_T) * triton.cdiv(num_experts, BLOCK_E)
     num_steps = triton.cdiv(x.shape[1], BLOCK_D)
@@ -80,12 +82,14 @@ def _scores(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         BLOCK_D=BLOCK_D,
         num_warps=4,
         num_stages=3,
+        **dependent(x.device),
     )
     return logits
 
 
 @triton.jit
-def _one_row(x, weight, logits, SIZE: tl.constexpr, BLOCK_D: tl.constexpr):
+def _one_row(x, weight, logits, SIZE: tl.constexpr, BLOCK_D: tl.constexpr, IS_DEPENDENT: tl.constexpr):
+    begin_after_earlier(IS_DEPENDENT)
     expert = tl.program_id(0)
     acc = tl.zeros([BLOCK_D], tl.float32)
     for start in tl.static_range(0, SIZE, BLOCK_D):
@@ -107,8 +111,10 @@ def _few_rows(
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):
     """A part of the width. Three tf32 products have the digits of one in fp32."""
+    begin_after_earlier(IS_DEPENDENT)
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     split = tl.program_id(2)
@@ -144,8 +150,10 @@ def _choose(
     NORMS: tl.constexpr,
     EXPERTS_POW2: tl.constexpr,
     CHOSEN_POW2: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):
     """One token. An expert that is out has a choice of -inf."""
+    begin_after_earlier(IS_DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, EXPERTS_POW2)
     is_expert = e < EXPERTS

@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from services.engine.kernels.dependent_launch import begin_after_earlier, dependent
+
 
 def embed_tokens_triton(token_ids: torch.Tensor, sampled_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """See `embed_tokens`."""
@@ -14,12 +16,14 @@ def embed_tokens_triton(token_ids: torch.Tensor, sampled_ids: torch.Tensor, tabl
     out = torch.empty(num_tokens, size, dtype=table.dtype, device=table.device)
     if num_tokens:
         block = min(2048, triton.next_power_of_2(size))
-        _embed[(num_tokens, triton.cdiv(size, block))](token_ids, sampled_ids, table, out, SIZE=size, BLOCK=block)
+        grid = (num_tokens, triton.cdiv(size, block))
+        _embed[grid](token_ids, sampled_ids, table, out, SIZE=size, BLOCK=block, **dependent(out.device))
     return out
 
 
 @triton.jit
-def _embed(token_ids, sampled_ids, table, out, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def _embed(token_ids, sampled_ids, table, out, SIZE: tl.constexpr, BLOCK: tl.constexpr, IS_DEPENDENT: tl.constexpr):
+    begin_after_earlier(IS_DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     token = tl.load(token_ids + row)

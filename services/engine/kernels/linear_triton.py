@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from services.engine.kernels.dependent_launch import begin_after_earlier, dependent
+
 BLOCK_N, BLOCK_K = 4, 1024
 
 
@@ -26,15 +28,24 @@ def linear_one_row(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         BLOCK_N=BLOCK_N,
         BLOCK_K=min(BLOCK_K, triton.next_power_of_2(num_channels)),
         num_warps=4,
-        num_stages=3,
+        **dependent(x.device),
     )
     return out
 
 
 @triton.jit
 def _one_row(
-    x, weight, out, num_outputs, weight_stride, SIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+    x,
+    weight,
+    out,
+    num_outputs,
+    weight_stride,
+    SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):
+    begin_after_earlier(IS_DEPENDENT)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     at = weight + n[:, None].to(tl.int64) * weight_stride + k[None, :]

@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from services.engine.kernels.dependent_launch import begin_after_earlier, dependent
+
 
 def mla_store_triton(
     q: torch.Tensor,
@@ -64,6 +66,7 @@ def mla_store_triton(
         LATENT_POW2=triton.next_power_of_2(rank),
         HALF_POW2=triton.next_power_of_2(half),
         num_warps=4,
+        **dependent(q.device),
     )
 
 
@@ -102,7 +105,9 @@ def _mla_store(
     HEADS_POW2: tl.constexpr,
     LATENT_POW2: tl.constexpr,
     HALF_POW2: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):
+    begin_after_earlier(IS_DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     position = tl.load(positions + row).to(tl.int64)
     j = tl.arange(0, HALF_POW2)

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from services.engine.kernels.dependent_launch import begin_after_earlier, dependent
 from services.engine.kernels.fp8_linear_triton import quantize_rows
 from services.engine.kernels.moe_align_triton import Blocks, align
 
@@ -82,6 +83,7 @@ def moe_experts_triton(
         CHOSEN=num_chosen,
         ADDS=added is not None,
         BLOCK_D=block_d,
+        **dependent(x.device),
     )
     return out
 
@@ -134,6 +136,7 @@ def _grouped(
         BLOCK_K=128 if is_fp8 else cut.block_k,
         num_warps=cut.num_warps,
         num_stages=cut.num_stages,
+        **dependent(x.device),
     )
 
 
@@ -159,8 +162,10 @@ def _multiply(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):
     """One block of tokens against BLOCK_N rows of its expert (and as many of up). FP8: BLOCK_N divides BLOCK_K."""
+    begin_after_earlier(IS_DEPENDENT)
     num_n = tl.cdiv(num_outputs, BLOCK_N)
     # Neighbours share an expert's rows, then the tokens: both stay in the L2 cache.
     block, tile_n = tl.swizzle2d(tl.program_id(0) // num_n, tl.program_id(0) % num_n, max_blocks, num_n, 8)
@@ -213,8 +218,19 @@ def _multiply(
 
 
 @triton.jit
-def _sum_chosen(outputs, weights, added, out, model, CHOSEN: tl.constexpr, ADDS: tl.constexpr, BLOCK_D: tl.constexpr):
+def _sum_chosen(
+    outputs,
+    weights,
+    added,
+    out,
+    model,
+    CHOSEN: tl.constexpr,
+    ADDS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
+):
     """A token's K outputs under its weights, in fp32, and what is added to them."""
+    begin_after_earlier(IS_DEPENDENT)
     token = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     acc = tl.zeros([BLOCK_D], tl.float32)

@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from services.engine.kernels.dependent_launch import begin_after_earlier, dependent
+
 BLOCK = 1024
 
 
@@ -16,12 +18,14 @@ def silu_mul_triton(gate_up: torch.Tensor) -> torch.Tensor:
     gate_up = gate_up.contiguous()
     out = torch.empty(num_rows, width, dtype=gate_up.dtype, device=gate_up.device)
     if num_rows:
-        _silu_mul[(num_rows, triton.cdiv(width, BLOCK))](gate_up, out, width, BLOCK=BLOCK)
+        grid = (num_rows, triton.cdiv(width, BLOCK))
+        _silu_mul[grid](gate_up, out, width, BLOCK=BLOCK, **dependent(out.device))
     return out
 
 
 @triton.jit
-def _silu_mul(gate_up, out, width, BLOCK: tl.constexpr):
+def _silu_mul(gate_up, out, width, BLOCK: tl.constexpr, IS_DEPENDENT: tl.constexpr):
+    begin_after_earlier(IS_DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     m = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     gate = tl.load(gate_up + row * 2 * width + m, mask=m < width, other=0.0).to(tl.float32)
