@@ -35,8 +35,10 @@ def test_decode(dtype: torch.dtype, num_heads: int, latent: int, rope: int, bloc
         assert relative_error(out, expected) < TOLERANCES[dtype]
 
 
-@pytest.mark.parametrize(("num_heads", "latent", "rope"), [(16, 512, 64), (128, 512, 64), (6, 128, 32)])
-@pytest.mark.parametrize("block_size", [64, 48])
+@pytest.mark.parametrize(
+    ("num_heads", "latent", "rope"), [(16, 512, 64), (128, 512, 64), (6, 128, 32), (40, 256, 48), (3, 48, 16)]
+)
+@pytest.mark.parametrize("block_size", [64, 48, 16])
 def test_decode_of_fp8_records(num_heads: int, latent: int, rope: int, block_size: int) -> None:
     q, cache, tables, lens = decode_inputs(LENGTHS, num_heads, latent, rope, block_size, torch.bfloat16, "cuda")
     packed = pack_latents(cache, latent)
@@ -44,6 +46,30 @@ def test_decode_of_fp8_records(num_heads: int, latent: int, rope: int, block_siz
     records[:, 2] = packed
     expected = mla_decode_reference(q.double(), unpack_latents(packed, latent).double(), tables, lens, 0.1, latent)
     assert relative_error(mla_decode(q, records[:, 2], tables, lens, 0.1, latent), expected) < 8e-3
+
+
+@pytest.mark.parametrize("num_heads", [16, 64])
+@pytest.mark.parametrize("bits", [0xFF, 0x87], ids=["all numbers", "subnormal"])
+def test_decode_of_fp8_records_of_any_numbers(num_heads: int, bits: int) -> None:
+    q, cache, tables, lens = decode_inputs(LENGTHS, num_heads, 512, 64, 64, torch.bfloat16, "cuda")
+    records = pack_latents(cache, 512)
+    numbers = torch.randint(0, 256, (*records.shape[:2], 512), device="cuda", dtype=torch.uint8) & bits
+    records[..., :512] = numbers.masked_fill(numbers & 0x7F == 0x7F, 0)
+    records[..., 512:528] = (torch.rand(*records.shape[:2], 4, device="cuda") / bits).view(torch.uint8)
+    expected = mla_decode_reference(q.double(), unpack_latents(records, 512).double(), tables, lens, 0.02, 512)
+    assert relative_error(mla_decode(q, records, tables, lens, 0.02, 512), expected) < 8e-3
+
+
+@pytest.mark.parametrize("num_heads", [16, 64])
+def test_decode_passes_the_nan_of_an_fp8_record_on(num_heads: int) -> None:
+    q, cache, tables, lens = decode_inputs(LENGTHS, num_heads, 512, 64, 64, torch.bfloat16, "cuda")
+    records = pack_latents(cache, 512)
+    good = mla_decode(q, records, tables, lens, 0.1, 512)
+    records[tables[5, 3].long(), 7, 512:528].view(torch.float32)[2] = torch.nan
+    out = mla_decode(q, records, tables, lens, 0.1, 512)
+    assert out[5].isnan().all()
+    out[5] = good[5]
+    assert torch.equal(out, good)
 
 
 @pytest.mark.parametrize("lengths", [[131_072], [1, 131_072, *range(1, 255)], [2000] * 256])

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 
 from services.engine.kernels.mla_decode_fp8_triton import attend_fp8
-from services.engine.kernels.mla_decode_runs_triton import block_ids, merge, row_ends, run_of, tokens_of
+from services.engine.kernels.mla_decode_numbers_triton import attend_numbers
+from services.engine.kernels.mla_decode_runs_triton import merge, row_ends, run_of, tokens_of
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Plan:
 def plan_for(num_heads: int, latent: int, cache_dtype: torch.dtype) -> Plan:
     """The measured best on an H100."""
     block_h = min(max(16, triton.next_power_of_2(num_heads)), 64)
+    if cache_dtype == torch.uint8:
+        return Plan(16, 64, 4, 3, 2) if block_h == 16 else Plan(32, 32, 4, 3, 2)
     if cache_dtype == torch.float32:
         return Plan(16, 16, 4, 2, 1)
     if block_h == 64:
@@ -63,12 +66,11 @@ def mla_decode_triton(
     out = torch.empty(num_rows, num_heads, kv_lora_rank, dtype=q.dtype, device=q.device)
     rows_pow2 = max(16, triton.next_power_of_2(num_rows))
     latent_pow2 = max(16, triton.next_power_of_2(kv_lora_rank))
-    # Of a record, each part as its own type: four latents to a word.
-    views = (cache.view(torch.int32), cache.view(torch.float32), cache.view(torch.bfloat16)) if is_fp8 else (cache,)
-    kernel = attend_fp8 if is_fp8 else _attend
-    kernel[(num_workers * num_groups,)](
+    # Of a record, each part as its own type: two latents to a number.
+    types = (torch.int16, torch.float32, torch.bfloat16) if is_fp8 else (cache.dtype,) * 3
+    _attend[(num_workers * num_groups,)](
         q,
-        *views,
+        *(cache.view(dtype) for dtype in types),
         block_tables,
         context_lens,
         partial,
@@ -78,6 +80,7 @@ def mla_decode_triton(
         block_tables.stride(0),
         cache.stride(0) // cache.stride(1),
         scale * 1.4426950408889634,
+        IS_FP8=is_fp8,
         NUM_HEADS=num_heads,
         NUM_GROUPS=num_groups,
         BLOCK_SIZE=cache.shape[1],
@@ -117,6 +120,8 @@ def _num_sms(device: torch.device) -> int:
 def _attend(
     q,
     cache,
+    scales,
+    ropes,
     tables,
     lens,
     partial,
@@ -124,8 +129,9 @@ def _attend(
     num_rows,
     num_workers,
     table_stride,
-    tokens_per_block_stride,
+    block_stride,
     scale_log2,
+    IS_FP8: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     NUM_GROUPS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -142,46 +148,59 @@ def _attend(
     worker = tl.program_id(0) // NUM_GROUPS
     rows, lengths, ends = row_ends(lens, num_rows, ROWS, BLOCK_N)
     begin, stop = run_of(worker, num_workers, ends)
-
     heads = group * BLOCK_H + tl.arange(0, BLOCK_H)
-    c = tl.arange(0, LATENT_POW2)
-    r = tl.arange(0, ROPE_POW2)
-    tokens = tl.arange(0, BLOCK_N)
     if begin < stop:
         first_row = tl.sum((ends <= begin).to(tl.int32), 0)
         last_row = tl.sum((ends < stop).to(tl.int32), 0)
         for row in range(first_row, last_row + 1):
             first, last = tokens_of(row, rows, lengths, ends, begin, stop, BLOCK_N)
-            q_at = q + (row * NUM_HEADS + heads[:, None]).to(tl.int64) * (LATENT + ROPE)
-            q_mask = heads[:, None] < NUM_HEADS
-            q_c = tl.load(q_at + c[None, :], mask=q_mask & (c[None, :] < LATENT), other=0.0)
-            q_r = tl.load(q_at + LATENT + r[None, :], mask=q_mask & (r[None, :] < ROPE), other=0.0)
-            top = tl.full([BLOCK_H], float("-inf"), tl.float32)
-            total_weight = tl.zeros([BLOCK_H], tl.float32)
-            acc = tl.zeros([BLOCK_H, LATENT_POW2], tl.float32)
             table = tables + tl.cast(row, tl.int64) * table_stride
-            block = block_ids(table, first, last, tokens, BLOCK_SIZE, BLOCK_N)
-            for token in range(first, last, BLOCK_N):
-                position = token + tokens
-                is_seen = position < last
-                first_slot = block * tokens_per_block_stride
-                slot = position % BLOCK_SIZE
-                # One tile ahead: a load that waits for another load would cost the pipeline a stage.
-                block = block_ids(table, token + BLOCK_N, last, tokens, BLOCK_SIZE, BLOCK_N)
-                at = cache + (first_slot * (LATENT + ROPE) + slot * (LATENT + ROPE))[:, None]
-                kv = tl.load(at + c[None, :], mask=is_seen[:, None] & (c[None, :] < LATENT), other=0.0)
-                k_r = tl.load(at + LATENT + r[None, :], mask=is_seen[:, None] & (r[None, :] < ROPE), other=0.0)
-                score = tl.dot(q_c, tl.trans(kv), input_precision="ieee")
-                score = tl.dot(q_r, tl.trans(k_r), score, input_precision="ieee")
-                score = tl.where(is_seen[None, :], score * scale_log2, float("-inf"))
-                new_top = tl.maximum(top, tl.max(score, 1))
-                weight = tl.exp2(score - new_top[:, None])
-                shrink = tl.exp2(top - new_top)
-                total_weight = total_weight * shrink + tl.sum(weight, 1)
-                acc = tl.dot(weight.to(kv.dtype), kv, acc * shrink[:, None], input_precision="ieee")
-                top = new_top
-
             out_at = (worker + row).to(tl.int64) * NUM_HEADS + heads
-            tl.store(lse + out_at, top + tl.log2(total_weight), mask=heads < NUM_HEADS)
-            mask = (heads[:, None] < NUM_HEADS) & (c[None, :] < LATENT)
-            tl.store(partial + out_at[:, None] * LATENT + c[None, :], acc / total_weight[:, None], mask=mask)
+            if IS_FP8:
+                attend_fp8(
+                    q,
+                    cache,
+                    scales,
+                    ropes,
+                    table,
+                    partial,
+                    lse,
+                    row,
+                    first,
+                    last,
+                    heads,
+                    out_at,
+                    block_stride,
+                    scale_log2,
+                    NUM_HEADS,
+                    BLOCK_SIZE,
+                    LATENT,
+                    ROPE,
+                    LATENT_POW2,
+                    ROPE_POW2,
+                    BLOCK_H,
+                    BLOCK_N,
+                )
+            else:
+                attend_numbers(
+                    q,
+                    cache,
+                    table,
+                    partial,
+                    lse,
+                    row,
+                    first,
+                    last,
+                    heads,
+                    out_at,
+                    block_stride,
+                    scale_log2,
+                    NUM_HEADS,
+                    BLOCK_SIZE,
+                    LATENT,
+                    ROPE,
+                    LATENT_POW2,
+                    ROPE_POW2,
+                    BLOCK_H,
+                    BLOCK_N,
+                )
