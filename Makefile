@@ -20,7 +20,7 @@ test: venv  ## all tests (no GPU needed) but those of test-scale
 	$(BIN)/pytest -m "not scale"
 
 test-scale: venv  ## Ray's autoscaler with nodes that come and go, and all pods as namespaces: five minutes
-	$(BIN)/pytest -m scale
+	$(BIN)/pytest -rs -m scale
 
 demo: venv  ## the whole cluster on this machine, and a conversation with it
 	$(BIN)/python scripts/demo.py

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from typing import Any
@@ -19,12 +20,16 @@ from tests.manifests.model import DEPLOYMENTS
 
 pytestmark = [pytest.mark.timeout(500), pytest.mark.scale]
 
+TOOLS = ("unshare", "nsenter", "setpriv", "ip", "redis-cli")
 APART = ["unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
 
 
 @pytest.fixture(scope="module")
 def seen() -> dict[str, Any]:
     """What was seen of the pods. In a process apart, so that nothing outlives it."""
+    missing = [tool for tool in TOOLS if shutil.which(tool) is None]
+    if missing:
+        pytest.skip(f"not on PATH: {', '.join(missing)}")
     if os.geteuid() != 0 or subprocess.run([*APART, "true"], capture_output=True, check=False).returncode:
         pytest.skip("namespaces cannot be made here: root is needed")
     if ROOT.is_relative_to("/tmp"):
