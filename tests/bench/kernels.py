@@ -295,7 +295,8 @@ def main() -> None:
                 f"  {figure.tb_per_s:5.2f} TB/s {figure.tflop_per_s:6.1f} TFLOP/s  error {figure.error:.1e}  {peer}",
                 flush=True,
             )
-        results[part] = {
+        key = f"{part} beside FlashMLA" if part == "decode" and flash_mla() is not None else part
+        results[key] = {
             "commit": commit(),
             "torch": torch.__version__,
             "rates": asdict(rates),
