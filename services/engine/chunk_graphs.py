@@ -18,11 +18,10 @@ from services.engine.fused import FusedModel
 from services.engine.graphs import captured
 from services.engine.kernels.mla_prefill import PrefillWork, queries_a_tile
 from services.engine.staging import Staging, fill, num_bytes
-from services.engine.step import AttentionCut, LongChunks, MixedArrays, Step, StepArrays
+from services.engine.step import MAX_ROWS, AttentionCut, LongChunks, MixedArrays, Step, StepArrays
 
 _SIZES = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 # What a graph has room for; a step with more is launched one by one.
-_MAX_ROWS = 256
 _MAX_KEYS = 32_768
 _MORE_TILES = 32  # besides those that one chunk of all tokens has
 # Up to here the keys of a tile may be split; more tokens keep the card busy as they are.
@@ -60,7 +59,7 @@ class ChunkGraphs:
         device = tables.tensor.device
         longest = max(self._sizes, default=0)
         self._outputs = torch.empty(2, longest, hidden_size, dtype=cut.dtype, device=device)  # see FusedModel.hidden
-        shapes = [_Shape(size, rows) for size in reversed(self._sizes) for rows in (min(size, _MAX_ROWS), 0)]
+        shapes = [_Shape(size, rows) for size in reversed(self._sizes) for rows in (min(size, MAX_ROWS), 0)]
         most = max((num_bytes(self._no_inputs(shape)) for shape in shapes), default=0)
         self._inputs = torch.zeros(most, dtype=torch.uint8, device=device)
         stream = torch.cuda.Stream(device)
@@ -95,7 +94,7 @@ class ChunkGraphs:
         """The smallest one that holds the tokens."""
         num_tokens = len(arrays.rows.token_ids)
         size = next((size for size in self._sizes if size >= num_tokens), None)
-        return None if size is None else _Shape(size, min(size, _MAX_ROWS) if len(arrays.rows.context_lens) else 0)
+        return None if size is None else _Shape(size, min(size, MAX_ROWS) if len(arrays.rows.context_lens) else 0)
 
     def _max_tiles(self, shape: _Shape) -> int:
         return -(-shape.num_tokens // queries_a_tile(self._cut.dtype)) + _MORE_TILES

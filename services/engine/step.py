@@ -22,6 +22,9 @@ from services.engine.staging import Staging
 
 # Up to here reading the latents once a token costs less than expanding them.
 MAX_SHORT_TOKENS = 16
+# Rows of chunks that are longer than a token; what has no room is expanded. Kernels are compiled by powers of two of
+# the rows: with more of them one would be compiled while somebody waits.
+MAX_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,8 +201,7 @@ def mixed_arrays(
     Logits: every row of a chunk that wants prompt logprobs, else the sampled ones, in the order of the chunks.
     """
     table_rows, places, ids = tables.rows_of([chunk.seq for chunk in chunks])
-    order = sorted(range(len(chunks)), key=lambda i: chunks[i].num_tokens > MAX_SHORT_TOKENS)
-    num_short = sum(chunk.num_tokens <= MAX_SHORT_TOKENS for chunk in chunks)
+    order, num_short = _rows_first(chunks)
     token_ids: list[int] = []
     starts = [0] * len(chunks)
     for i in order:
@@ -216,6 +218,19 @@ def mixed_arrays(
     )
     long = _long_arrays(ordered[num_short:], num_rows, block_size, cut, always_reads) if ordered[num_short:] else None
     return MixedArrays(arrays, long, _logits_rows(chunks, starts))
+
+
+def _rows_first(chunks: ListLike[Chunk]) -> tuple[list[int], int]:
+    """The chunks' places, those whose tokens become rows first, and how many those are."""
+    short = [i for i, chunk in enumerate(chunks) if chunk.num_tokens <= MAX_SHORT_TOKENS]
+    rows: list[int] = []
+    num_rows = 0
+    for i in sorted(short, key=lambda i: chunks[i].num_tokens):
+        num_rows += chunks[i].num_tokens
+        if num_rows > MAX_ROWS and chunks[i].num_tokens > 1:
+            break
+        rows.append(i)
+    return rows + sorted(set(range(len(chunks))).difference(rows)), len(rows)
 
 
 def mixed_step(

@@ -44,8 +44,8 @@ def align(topk_ids: torch.Tensor, num_experts: int, height: int) -> Blocks:
     max_blocks = min(num_assignments, num_assignments // height + num_experts)
     ids = topk_ids.contiguous()
     experts_pow2 = max(16, triton.next_power_of_2(num_experts))
-    numbers = torch.empty(3 * experts_pow2 + 1 + max_blocks * (height + 1), dtype=torch.int32, device=ids.device)
-    sizes = [experts_pow2, experts_pow2, experts_pow2, 1, max_blocks, max_blocks * height]
+    sizes = [_whole(size) for size in (*(3 * [experts_pow2]), 1, max_blocks, max_blocks * height)]
+    numbers = torch.empty(sum(sizes), dtype=torch.int32, device=ids.device)
     counts, starts, cursors, num_blocks, experts, assignments = numbers.split(sizes)
     launch = dependent(ids.device)
     if num_assignments <= ONE_LAUNCH:
@@ -70,6 +70,11 @@ def align(topk_ids: torch.Tensor, num_experts: int, height: int) -> Blocks:
         _plan[(1,)](counts, starts, cursors, num_blocks, experts, HEIGHT=height, EXPERTS=experts_pow2, **launch)
         _place[chunks](ids, cursors, assignments, num_assignments, CHUNK=CHUNK, **launch)
     return Blocks(assignments, experts, counts, starts, num_blocks, max_blocks, height)
+
+
+def _whole(size: int) -> int:
+    """As many numbers as begin the next array at a multiple of 16 bytes: where it lies is part of what is compiled."""
+    return -(-size // 4) * 4
 
 
 @triton.jit
