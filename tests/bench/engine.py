@@ -197,29 +197,32 @@ def main() -> None:
     torch.manual_seed(0)
     rates = measure_rates()
     print(f"copy {rates.copy / 1e12:.2f} TB/s; TFLOP/s: {rates.bfloat16 / 1e12:.0f} bf16, {rates.fp8 / 1e12:.0f} fp8")
-    bench, rows = Bench(rates), []
+    bench = Bench(rates)
     for part in sorted(arguments.only, key=PARTS.index):
         run_part: Callable[[], Iterator[Row]] = getattr(bench, part)
+        rows = []
         for row in run_part():
             rows.append(row)
             limit = f"limit {row.limit:9.1f}" if row.limit is not None else " " * 15
             verdict = f"goal {row.goal:<5} {'reached' if row.is_reached else 'NOT reached'}  {row.note}"
             print(f"{row.what:78} {row.value:9.1f} {row.unit:9} {limit}  {row.fraction:6.3f} {verdict}", flush=True)
-            write(arguments.out, rates, rows)
+            write(arguments.out, part, rates, rows)
 
 
-def write(folder: Path, rates: Rates, rows: list[Row]) -> None:
+def write(folder: Path, part: str, rates: Rates, rows: list[Row]) -> None:
+    """The part's rows so far; what earlier runs found out about other parts stays."""
     card = torch.cuda.get_device_name()
-    result = {
-        "card": card,
-        "torch": torch.__version__,
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"engine-{card.lower().replace(' ', '-')}.json"
+    parts = json.loads(path.read_text())["parts"] if path.exists() else {}
+    parts[part] = {
         "commit": commit(),
-        "command": "python -m tests.bench.engine",
+        "torch": torch.__version__,
         "rates": asdict(rates),
         "rows": [asdict(row) | {"is_reached": row.is_reached} for row in rows],
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"engine-{card.lower().replace(' ', '-')}.json"
+    ordered = {name: parts[name] for name in PARTS if name in parts}
+    result = {"card": card, "command": "python -m tests.bench.engine", "parts": ordered}
     path.write_text(json.dumps(result, indent=1) + "\n")
 
 
