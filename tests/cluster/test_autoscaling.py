@@ -131,7 +131,8 @@ async def test_nodes_and_replicas_follow_the_load_and_no_reply_fails_or_changes(
     assert before[-1]["replicas"]["decode"] == 1
     assert [state["replicas"]["decode"] for state in peak] == sorted(state["replicas"]["decode"] for state in peak)
     check_tokens(local, [*conversations, *keepers.conversations])
-    check_sessions(app, keepers.conversations, last, remaining[0].replica_id)
+    check_sessions(keepers.conversations, last, remaining[0].replica_id)
+    check_counters(app, [*conversations, *keepers.conversations])
     assert len(remaining[0].inherits) >= 1
     check_decisions(app.ask("decisions"))
 
@@ -151,26 +152,31 @@ def check_tokens(local: LocalPipeline, conversations: list[Conversation]) -> Non
         assert [turn.token_ids for turn in each.turns] == tokens
 
 
-def check_sessions(app: ScaledApp, keepers: list[Conversation], last: list[Turn], survivor: str) -> None:
-    """Each later turn found its cache, or it was computed again and counted."""
+def is_hit(turn: Turn) -> bool:
+    """Whether the turn went to a replica that holds its history, or has inherited it."""
+    return turn.started.routing.reason is RoutingReason.HELD_PREFIX
+
+
+def check_sessions(keepers: list[Conversation], last: list[Turn], survivor: str) -> None:
+    """A later turn found its cache, or it is known to have missed it; those that moved have taken it along."""
     assert {turn.finished.replica for turn in last} == {survivor}
-    later = [turn for keeper in keepers for turn in keeper.turns[1:]]
-    num_cached = sum(turn.finished.usage.num_cached_tokens > 0 for turn in later)
-    num_misses = sum(turn.started.routing.reason is not RoutingReason.HELD_PREFIX for turn in later)
+    for turn in [turn for keeper in keepers for turn in keeper.turns[1:]]:
+        assert turn.finished.usage.num_cached_tokens > 0 or not is_hit(turn)
     moved = [
         (before, after)
         for keeper in keepers
         for before, after in zip(keeper.turns, keeper.turns[1:], strict=False)
         if before.finished.replica != after.finished.replica
     ]
-    assert num_cached + num_misses >= len(later)
-    assert counter(app, "antiphon_affinity_misses_total") >= num_misses
     # Those whose replica had stopped found what it had handed over, where it had.
-    assert any(
-        after.started.routing.reason is RoutingReason.HELD_PREFIX
-        and after.finished.kv_origins[0].source is KvSource.LOCAL
-        for _, after in moved
-    )
+    assert any(is_hit(after) and after.finished.kv_origins[0].source is KvSource.LOCAL for _, after in moved)
+
+
+def check_counters(app: ScaledApp, conversations: list[Conversation]) -> None:
+    """Every later turn is in one of the two counters: its history was held where it went, or it was not."""
+    later = [is_hit(turn) for each in conversations for turn in each.turns[1:]]
+    counted = {name: counter(app, f"antiphon_affinity_{name}_total") for name in ("hits", "misses")}
+    assert counted == {"hits": sum(later), "misses": len(later) - sum(later)}
 
 
 def counter(app: ScaledApp, name: str) -> float:
