@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.panel import Panel
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from services.client import Client
@@ -182,28 +182,26 @@ def ready_panel(target: str, metrics_address: str) -> Panel:
         "",
         "In another terminal:",
         f"  antiphon chat --target {target} --session first",
-        f"  antiphon generate --target {target} --prompt 'Tell me a short story.'",
+        f"  antiphon generate --target {target} --prompt 'Tell me a story.'",
         f"  antiphon status{option}",
     )
     return Panel(Text("\n".join(lines)), title="ready", subtitle="Ctrl-C stops everything", expand=False)
 
 
 def replica_table(records: Sequence[ReplicaRecord]) -> Table:
-    """One row a replica."""
-    table = Table(
-        "role", "replica", "blocks free", "running", "waiting tokens", "prefill tok/s", "decode tok/s", "transfer"
-    )
+    """One row a replica, whose name begins with its role. Fits into 80 columns."""
+    table = Table(Column("replica", no_wrap=True), Column("blocks free", no_wrap=True), "runs", "waiting tokens", "prefill tok/s",
+                  "decode tok/s", "transfer MiB/s")  # fmt: skip
     for record in records:
         rate = record.transfer_bytes_per_s
         table.add_row(
-            record.role.value,
-            record.replica_id + (" (draining)" if record.is_draining else ""),
-            f"{record.num_free_blocks} of {record.num_blocks}",
+            record.replica_id + (" (drains)" if record.is_draining else ""),
+            f"{record.num_free_blocks}/{record.num_blocks}",
             str(record.num_running),
             str(record.num_waiting_tokens),
             _number(record.prefill_tokens_per_s),
             _number(record.decode_tokens_per_s),
-            "-" if rate is None else f"{rate / 2**20:.0f} MiB/s",
+            _number(None if rate is None else rate / 2**20),
         )
     return table
 

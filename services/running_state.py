@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from services.common.errors import InvalidSettings, NotFound
+from services.common.errors import InvalidSettings, Unavailable
 from services.common.settings import SessionSettings
 
 
@@ -35,11 +35,13 @@ def announced(target: str, sessions: SessionSettings, folder: Path | None = None
 
 
 def find_sessions(target: str, folder: Path | None = None) -> SessionSettings:
-    """The session store of the cluster at `target` on this machine. Raises NotFound if none was announced."""
+    """The session store of the cluster at `target` on this machine. Raises Unavailable if none was announced."""
     try:
         document = json.loads(_path(target, folder).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise NotFound("cluster on this machine", target) from None
+        raise Unavailable(
+            f"no `antiphon serve` of this user and machine is at {target}; --config names the store of another cluster"
+        ) from None
     except (OSError, ValueError) as error:
         raise InvalidSettings(f"the state file of {target} cannot be read") from error
     return SessionSettings.model_validate(document["sessions"])

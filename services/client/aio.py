@@ -15,7 +15,6 @@ from services.common.errors import NotFound
 from services.common.messages import Explanation, Finished, Message, ModelInfo, SessionInfo, SessionPage, TurnEvent
 from services.common.sampling import SamplingParams
 from services.gateway import convert
-from services.gateway.status import error_from_rpc
 from services.pb.antiphon.v1 import chat_service_pb2_grpc
 
 # A cancelled call ends a moment later, and gRPC says so to its event loop, which should still be there.
@@ -36,6 +35,7 @@ class AsyncClient:
         else:
             self._channel = grpc.aio.secure_channel(target, tls.credentials(), options=tls.options())
         self._chat = chat_service_pb2_grpc.ChatServiceStub(self._channel)
+        self._target = target
         self._metadata = calls.metadata_of(token)
         self._timeout_s = timeout_s
         self._has_cancelled = False
@@ -80,7 +80,7 @@ class AsyncClient:
                         yield event
                 return
             except grpc.RpcError as failed:
-                error = error_from_rpc(failed)
+                error = calls.error_of(failed, self._target)
                 delay_s = calls.delay_before_retry_s(error, attempt, None if has_begun else idempotency_key)
                 if delay_s is None:
                     raise error from failed
@@ -138,7 +138,7 @@ class AsyncClient:
         try:
             return unary.read(await method(unary.request, timeout=self._timeout_s, metadata=self._metadata))
         except grpc.RpcError as failed:
-            raise error_from_rpc(failed) from failed
+            raise calls.error_of(failed, self._target) from failed
 
 
 class AsyncSession:

@@ -17,6 +17,7 @@ from services.common.errors import AntiphonError, SessionBusy, Unavailable
 from services.common.messages import Explanation, Message, ModelInfo, SessionInfo, SessionPage, TurnRequest
 from services.common.sampling import SamplingParams
 from services.gateway import convert, convert_sessions
+from services.gateway.status import error_from_rpc
 from services.pb.antiphon.v1 import chat_service_pb2 as chat
 from services.pb.antiphon.v1 import session_service_pb2 as sessions
 
@@ -31,6 +32,7 @@ Reply = TypeVar("Reply")
 _CHAT = "/antiphon.v1.ChatService/"
 _SESSIONS = "/antiphon.v1.SessionService/"
 _FIRST_DELAY_S = 0.1
+_NO_CONNECTION = "failed to connect"  # gRPC's own words
 
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", 4 * 2**20),
@@ -96,6 +98,14 @@ def delay_before_retry_s(error: AntiphonError, attempt: int, idempotency_key: st
     if not isinstance(error, Unavailable) or attempt >= MAX_ATTEMPTS:
         return None
     return _FIRST_DELAY_S * float(2 ** (attempt - 1)) * random.uniform(0.5, 1.5)
+
+
+def error_of(failed: grpc.RpcError, target: str) -> AntiphonError:
+    """The typed error of a failed call. Where no connection came about, the target says more than gRPC does."""
+    error = error_from_rpc(failed)
+    if isinstance(error, Unavailable) and str(error).startswith(_NO_CONNECTION):
+        return Unavailable(f"no gateway answers at {target}")
+    return error
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,6 @@ from services.common.errors import NotFound
 from services.common.messages import Explanation, Message, ModelInfo, SessionInfo, SessionPage, TurnEvent
 from services.common.sampling import SamplingParams
 from services.gateway import convert
-from services.gateway.status import error_from_rpc
 from services.pb.antiphon.v1 import chat_service_pb2_grpc
 
 
@@ -32,6 +31,7 @@ class Client:
         else:
             self._channel = grpc.secure_channel(target, tls.credentials(), options=tls.options())
         self._chat = chat_service_pb2_grpc.ChatServiceStub(self._channel)
+        self._target = target
         self._metadata = calls.metadata_of(token)
         self._timeout_s = timeout_s
 
@@ -68,7 +68,7 @@ class Client:
                         yield event
                 return
             except grpc.RpcError as failed:
-                error = error_from_rpc(failed)
+                error = calls.error_of(failed, self._target)
                 delay_s = calls.delay_before_retry_s(error, attempt, None if has_begun else idempotency_key)
                 if delay_s is None:
                     raise error from failed
@@ -126,7 +126,7 @@ class Client:
         try:
             return unary.read(method(unary.request, timeout=self._timeout_s, metadata=self._metadata))
         except grpc.RpcError as failed:
-            raise error_from_rpc(failed) from failed
+            raise calls.error_of(failed, self._target) from failed
 
 
 class Session:
