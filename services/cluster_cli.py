@@ -190,8 +190,8 @@ def ready_panel(target: str, metrics_address: str) -> Panel:
 
 def replica_table(records: Sequence[ReplicaRecord]) -> Table:
     """One row a replica, whose name begins with its role. Fits into 80 columns."""
-    table = Table(Column("replica", no_wrap=True), Column("blocks free", no_wrap=True), "runs", "waiting tokens", "prefill tok/s",
-                  "decode tok/s", "transfer MiB/s")  # fmt: skip
+    whole = [Column(name, no_wrap=True) for name in ("replica", "blocks free")]
+    table = Table(*whole, "runs", "waiting tokens", "prefill tok/s", "decode tok/s", "transfer MiB/s")
     for record in records:
         rate = record.transfer_bytes_per_s
         table.add_row(
