@@ -17,8 +17,9 @@ from services.engine.device_tables import DeviceTables
 from services.engine.fused import FusedModel
 from services.engine.graphs import captured
 from services.engine.kernels.mla_prefill import PrefillWork, queries_a_tile
+from services.engine.mixed_step import MAX_ROWS, AttentionCut, MixedArrays
 from services.engine.staging import Staging, fill, num_bytes
-from services.engine.step import MAX_ROWS, AttentionCut, LongChunks, MixedArrays, Step, StepArrays
+from services.engine.step import LongChunks, Step, StepArrays
 
 _SIZES = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 # What a graph has room for; a step with more is launched one by one.

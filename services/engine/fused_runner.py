@@ -18,11 +18,12 @@ from services.engine.kernels.draw_tokens import Draws, draw_tokens
 from services.engine.kernels.multiprocessors import num_multiprocessors
 from services.engine.kv_cache import KVCache
 from services.engine.largest_steps import draws_of_all_kinds, largest_steps
+from services.engine.mixed_step import AttentionCut, mixed_arrays, mixed_step
 from services.engine.model import DeepseekForCausalLM
 from services.engine.rotary import RotaryEmbedding
 from services.engine.scheduler import Chunk
 from services.engine.staging import Staging
-from services.engine.step import AttentionCut, decode_arrays, decode_step, is_decode, mixed_arrays, mixed_step
+from services.engine.step import decode_arrays, decode_step, is_decode
 
 # Launches whose ids are still to be read, and the one being made.
 _NUM_FLIGHTS = 3

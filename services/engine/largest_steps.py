@@ -10,7 +10,8 @@ from torch import Tensor
 
 from services.engine.kernels.draw_tokens import Draws
 from services.engine.kernels.mla_prefill import PrefillWork
-from services.engine.step import AttentionCut, LongChunks, Step
+from services.engine.mixed_step import AttentionCut
+from services.engine.step import LongChunks, Step
 
 _FEW_TOKENS = 32
 _PREFIX = 4096

@@ -8,9 +8,9 @@ import torch
 from services.common.prefix_hash import PrefixHasher
 from services.common.sampling import SamplingParams
 from services.engine.device_tables import DeviceTables
+from services.engine.mixed_step import AttentionCut, MixedArrays, mixed_arrays
 from services.engine.scheduler import Chunk
 from services.engine.sequence import Sequence
-from services.engine.step import AttentionCut, MixedArrays, mixed_arrays
 
 CUT = AttentionCut(num_heads=2, num_sms=4, dtype=torch.float32, reads_back=False)
 BLOCK_SIZE = 8
