@@ -120,7 +120,9 @@ def session_store(settings: Settings) -> Iterator[Settings]:
         changes: dict[str, Any] = {}
         if sessions.store == "embedded":
             data_dir = (sessions.data_dir or Path(temporary, "store")).absolute()
-            url = urlsplit(stack.enter_context(EmbeddedServer(data_dir)).url)
+            server = stack.enter_context(EmbeddedServer(data_dir))
+            stack.enter_context(server.kept_alive())
+            url = urlsplit(server.url)
             password_file = _write_secret(Path(temporary, "password"), (url.password or "").encode())
             changes = {"store": "redis", "url": f"redis://{url.hostname}:{url.port}/0", "password_file": password_file}
         if sessions.secret_file is None:

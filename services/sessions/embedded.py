@@ -10,13 +10,16 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import importlib.util
+import logging
 import os
 import secrets
 import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -27,6 +30,9 @@ from services.common.errors import InvalidSettings, Unavailable
 START_TIMEOUT_S = 10.0
 STOP_TIMEOUT_S = 10.0
 _NUM_PORT_TRIES = 5
+_WATCH_S = 0.5
+
+log = logging.getLogger(__name__)
 
 
 class EmbeddedServer:
@@ -95,6 +101,30 @@ class EmbeddedServer:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+    @contextlib.contextmanager
+    def kept_alive(self) -> Iterator[None]:
+        """The server, which runs, is started again whenever it ends by itself, until the context ends."""
+        is_over = threading.Event()
+
+        def watch() -> None:
+            while not is_over.wait(_WATCH_S):
+                if self.pid is not None:
+                    continue
+                log.warning("the embedded session store has ended and is started again")
+                try:
+                    self.stop()
+                    self.start()
+                except (InvalidSettings, Unavailable) as error:
+                    log.error("the embedded session store does not start again", extra={"reason": str(error)})
+
+        thread = threading.Thread(target=watch, name="embedded-store", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            is_over.set()
+            thread.join()
 
     def _spawn(self, binary: Path) -> subprocess.Popen[bytes]:
         """The configuration goes in by stdin: a password in a command line can be read by everyone on the machine."""

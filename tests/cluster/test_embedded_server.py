@@ -8,6 +8,7 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,13 @@ def ask(url: str, *command: str) -> Any:
         return client.execute_command(*command)
 
 
+def answers(url: str) -> bool:
+    try:
+        return bool(ask(url, "PING"))
+    except redis.RedisError:
+        return False
+
+
 def is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -58,6 +66,27 @@ def test_data_outlives_a_stop_and_a_kill(tmp_path: Path, kind: str) -> None:
         assert ask(url, "GET", "b") == b"2"
     finally:
         server.stop()
+
+
+def test_a_server_that_is_kept_alive_comes_back_where_it_was_and_stays_away_afterwards(tmp_path: Path) -> None:
+    with EmbeddedServer(tmp_path) as server:
+        url = server.url
+        with server.kept_alive():
+            for number in ("1", "2"):
+                ask(url, "SET", "a", number)
+                killed = server.pid
+                assert killed is not None
+                os.kill(killed, signal.SIGKILL)
+                deadline_s = time.monotonic() + 20
+                while server.pid in (None, killed) or not answers(url):
+                    assert time.monotonic() < deadline_s
+                    time.sleep(0.05)
+                assert ask(url, "GET", "a") == number.encode()
+        killed = server.pid
+        assert killed is not None
+        os.kill(killed, signal.SIGKILL)
+        time.sleep(1.0)
+        assert server.pid is None
 
 
 def test_only_loopback_with_the_password_is_let_in(tmp_path: Path) -> None:
