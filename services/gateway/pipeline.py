@@ -17,13 +17,10 @@ from dataclasses import dataclass, field
 
 from services.common.errors import Exhausted, StaleLease, Unavailable
 from services.common.messages import (
-    Delta,
     Explanation,
     Finished,
-    RoutingDecision,
     RoutingReason,
     Started,
-    Timings,
     TurnEvent,
     TurnRequest,
     Usage,
@@ -36,6 +33,7 @@ from services.gateway.attempts import Attempts
 from services.gateway.decode_client import DecodeClient
 from services.gateway.decode_request import TurnIdentity, decode_request
 from services.gateway.history import History, HistoryEnds
+from services.gateway.replay import replayed
 from services.gateway.replicas import Replicas
 from services.gateway.reply import Reply
 from services.gateway.router import Route, RoutingQuestion
@@ -46,7 +44,6 @@ from services.pb.antiphon.internal.v1 import decode_service_pb2 as pb
 from services.sessions.base import Acquired, AlreadyCommitted, SessionStore, TurnRecord, TurnStart
 from services.sessions.from_settings import tenant_salt
 from services.sessions.keys import Keyspace
-from services.text.detokenizer import Detokenizer
 from services.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -84,7 +81,7 @@ class Pipeline:
         # 1. The session: its lease and its history. A repeated idempotency key brings the old reply back.
         acquired = await self._acquire(turn)
         if isinstance(acquired, AlreadyCommitted):
-            for event in _replay(turn, acquired, parts.tokenizer, watch):
+            for event in replayed(turn, acquired, parts.tokenizer, watch):
                 yield event
             return
         async with TurnLease(parts.store, acquired, parts.settings.sessions.lease_ttl_s).held() as lease:
@@ -130,13 +127,13 @@ class Pipeline:
                 except (Unavailable, Exhausted) as error:
                     reply.end_if_nothing_is_left()
                     if not reply.is_complete:
-                        self._failed(route, error, attempts)
+                        self._failed(turn, history, route, error, attempts)
             if rest := reply.rest():
                 yield rest
 
             # 6. The journal, the holders and the end of the lease, at once. Then the client may know.
             await self._commit(turn, lease, new_ids, history, route, reply)
-        yield self._finished(turn, len(prompt), route, reply, attempts, watch)
+        yield self._finished(turn, history, len(prompt), route, reply, attempts, watch)
 
     async def explain(self, turn: TurnRequest) -> Explanation:
         """The same decision as generate's, of a turn that does not run."""
@@ -191,12 +188,14 @@ class Pipeline:
                 raise attempts.last_error from None
             raise
 
-    def _failed(self, route: Route, error: Unavailable | Exhausted, attempts: Attempts) -> None:
+    def _failed(
+        self, turn: TurnRequest, history: History, route: Route, error: Unavailable | Exhausted, attempts: Attempts
+    ) -> None:
         """Notes a lost or full replica. Raises the error if the turn cannot go on elsewhere."""
         is_lost = isinstance(error, Unavailable)
         if is_lost:
             self._parts.replicas.lost(route.record)
-        fields = {"replica": route.record.replica_id, "reason": error.reason}
+        fields = self._log_fields(turn, history, route) | {"reason": error.reason}
         log.warning("a replica %s a turn", "lost" if is_lost else "refused", extra=fields)
         if attempts.is_running:
             labels = {"from": "decode", "outcome": "resumed" if attempts.may_resume else "given_up"}
@@ -229,16 +228,22 @@ class Pipeline:
         if history.num_turns:
             is_hit = route.decision.reason is RoutingReason.HELD_PREFIX
             self._parts.metrics.increment("affinity_hits" if is_hit else "affinity_misses")
-        number = history.num_turns + 1 if turn.session is not None else 0
         num_cached = max(reply.num_cached_tokens, route.num_cached_tokens)
-        return Started(turn.request_id, turn.session, number, num_prompt, num_cached, route.decision)
+        return Started(turn.request_id, turn.session, _number(turn, history), num_prompt, num_cached, route.decision)
 
     def _finished(
-        self, turn: TurnRequest, num_prompt: int, route: Route, reply: Reply, attempts: Attempts, watch: Watch
+        self,
+        turn: TurnRequest,
+        history: History,
+        num_prompt: int,
+        route: Route,
+        reply: Reply,
+        attempts: Attempts,
+        watch: Watch,
     ) -> Finished:
         assert reply.finish_reason is not None
         timings = watch.timings(reply.timings)
-        fields = {"request_id": turn.request_id, "session": self._digest(turn), "replica": route.record.replica_id}
+        fields = self._log_fields(turn, history, route)
         log.info("turn ended", extra=fields | {"duration_ms": timings.total_ms, "reason": reply.finish_reason.value})
         return Finished(
             reply.finish_reason,
@@ -258,13 +263,23 @@ class Pipeline:
         silence = self._parts.replicas.silence(route.record)
         return self._parts.decode.generate(route.record.address, request, remaining_s, turn.traceparent, silence)
 
+    def _log_fields(self, turn: TurnRequest, history: History, route: Route) -> dict[str, object]:
+        return {
+            "request_id": turn.request_id, "session": self._digest(turn), "turn": _number(turn, history),
+            "replica": route.record.replica_id,
+        }  # fmt: skip
+
     def _identity(self, turn: TurnRequest, history: History, lease: TurnLease) -> TurnIdentity:
-        number = history.num_turns + 1 if turn.session is not None else 0
         salt = tenant_salt(self._parts.keyspace, turn.tenant)
-        return TurnIdentity(turn.request_id, self._digest(turn), number, lease.fence, salt)
+        return TurnIdentity(turn.request_id, self._digest(turn), _number(turn, history), lease.fence, salt)
 
     def _digest(self, turn: TurnRequest) -> str:
         return "" if turn.session is None else self._parts.keyspace.session_digest(turn.tenant, turn.session)
+
+
+def _number(turn: TurnRequest, history: History) -> int:
+    """Of the turn in its session, from 1; 0 without a session."""
+    return history.num_turns + 1 if turn.session is not None else 0
 
 
 def _with_seed(sampling: SamplingParams) -> SamplingParams:
@@ -273,22 +288,3 @@ def _with_seed(sampling: SamplingParams) -> SamplingParams:
     if not sampling.is_greedy and sampling.seed is None:
         sampling = dataclasses.replace(sampling, seed=secrets.randbits(63))
     return sampling
-
-
-def _replay(turn: TurnRequest, old: AlreadyCommitted, tokenizer: Tokenizer, watch: Watch) -> list[TurnEvent]:
-    """The events of a turn that has been committed: its tokens as one delta, and no work."""
-    watch.lap("session_ms")
-    detokenizer = Detokenizer(tokenizer, turn.sampling.stop)
-    token_ids = old.record.generated_token_ids
-    text = detokenizer.push(token_ids) + detokenizer.finish()
-    # Exact for the last turn, the one that is retried; of an earlier one the journal's length then is not at hand.
-    is_last = old.turn == old.session.num_turns
-    num_prompt = old.session.num_tokens - len(token_ids) if is_last else len(old.record.prompt_token_ids)
-    decision = RoutingDecision("", RoutingReason.NO_HOLDER, "replayed from the journal: nothing runs")
-    watch.saw_token()
-    usage = Usage(num_prompt, num_prompt, len(token_ids))
-    return [
-        Started(turn.request_id, turn.session, old.turn, num_prompt, num_prompt, decision),
-        Delta(text, token_ids, 0),
-        Finished(old.record.finish_reason, usage, watch.timings(Timings()), ""),
-    ]

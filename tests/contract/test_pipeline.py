@@ -12,6 +12,7 @@ import pytest
 from services.common.errors import Exhausted, InvalidRequest, NotFound, SessionBusy, Unavailable
 from services.common.messages import Delta, Finished, Message, RoutingReason, Started, TurnEvent, TurnRequest
 from services.common.sampling import FinishReason, SamplingParams
+from services.common.telemetry import JsonFormatter
 from services.sessions.embedded import EmbeddedServer
 from services.sessions.registry import Role
 from tests.contract.scripted_decode import Cluster, scripted_cluster
@@ -118,6 +119,21 @@ async def test_busy_holder_is_left_and_named_for_the_fetch(cluster: Cluster) -> 
     assert text == REPLY
     holders = (await cluster.parts.sessions.get("acme", "s")).holders
     assert {each.replica for each in holders} == {after.replica, before.replica}
+
+
+async def test_log_lines_of_a_turn_say_whose_they_are_and_not_what_was_said(
+    cluster: Cluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    await make_session(cluster)
+    cluster.replicas["a"].dies_at = 2
+    with caplog.at_level("INFO", "services.gateway.pipeline"):
+        await run(cluster, turn("A secret."))
+    lost, ended = [each for each in caplog.records if each.name == "services.gateway.pipeline"]
+    digest = cluster.parts.keyspace.session_digest("acme", "s")
+    for line, replica in ((lost, "a"), (ended, "b")):
+        fields = vars(line)
+        assert [fields[name] for name in ("request_id", "session", "turn", "replica")] == ["r1", digest, 1, replica]
+        assert "secret" not in JsonFormatter().format(line)
 
 
 @pytest.mark.parametrize("dies_at", [0, 1, 7])
