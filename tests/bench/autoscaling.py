@@ -203,22 +203,25 @@ def write(row: dict[str, Any]) -> None:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown; of several runs of a policy the median, least and most in brackets."""
-    kinds = (CHAT.name, LONG_PROMPT.name, LONG_REPLY.name)
+    names = (CHAT.name, LONG_PROMPT.name, LONG_REPLY.name)
+    kinds = ", ".join(names)
     lines = [
-        "| policy | runs | good turns/s | replica-seconds | TTFT p90, ms: " + ", ".join(kinds) + " | failed |",
-        "|---|---|---|---|---|---|",
+        f"| policy | runs | good turns/s | good, %: {kinds} | TTFT p90, s: {kinds} | replica-seconds | failed |",
+        "|---|---|---|---|---|---|---|",
     ]
     for policy in POLICIES:
         runs = [row for row in rows if row["policy"] == policy]
         if not runs:
             continue
-        first = " / ".join(
-            f"{statistics.median(row['kinds'][kind]['ttft_p90_ms'] for row in runs):.0f}" for kind in kinds
-        )
+        of_kind = {name: [row["kinds"][name] for row in runs] for name in names}
+        good = [
+            100 * statistics.median(each["num_good"] / each["num_turns"] for each in of_kind[name]) for name in names
+        ]
+        first = [statistics.median(each["ttft_p90_ms"] for each in of_kind[name]) / 1e3 for name in names]
         lines.append(
             f"| {policy} | {len(runs)} | {spread([row['goodput_turns_per_s'] for row in runs], 2)} "
-            f"| {spread([row['replica_seconds'] for row in runs], 0)} | {first} "
-            f"| {sum(row['num_failed'] for row in runs)} |"
+            f"| {' / '.join(f'{each:.0f}' for each in good)} | {' / '.join(f'{each:.1f}' for each in first)} "
+            f"| {spread([row['replica_seconds'] for row in runs], 0)} | {sum(row['num_failed'] for row in runs)} |"
         )
     return "\n".join(lines)
 
