@@ -63,10 +63,14 @@ def serve(
     stages.begin("Ray and Serve are being loaded")
     from services.app import serve_application  # imports Ray, which reads the environment then
 
-    signal.signal(signal.SIGTERM, _interrupt)
+    def begin(stage: str) -> None:
+        # Ray takes the signal for itself when it starts: it would abort, and leave the session store running.
+        signal.signal(signal.SIGTERM, _interrupt)
+        stages.begin(stage)
+
     try:
         with (
-            serve_application(settings, stages.begin) as running,
+            serve_application(settings, begin) as running,
             announced(running.target, running.settings.sessions),
         ):
             stages.end()

@@ -107,6 +107,15 @@ def test_serve_is_seen_by_the_other_commands_and_stops_on_ctrl_c(environment: di
     assert not list(Path(environment["XDG_STATE_HOME"]).rglob("*.json"))
 
 
+def test_serve_that_is_told_to_end_stops_all_that_it_started(environment: dict[str, str]) -> None:
+    alone = {"ANTIPHON__PREFILL__ENABLED": "false"}
+    with running([*ANTIPHON, "serve", "demo"], environment | alone) as (process, _):
+        process.terminate()
+        text, _ = process.communicate(timeout=60)
+        assert process.returncode == 0, text
+        assert "stopped" in text
+
+
 def test_serve_of_a_model_that_is_not_there_says_so_and_leaves_nothing(environment: dict[str, str]) -> None:
     asked = subprocess.run(
         [*ANTIPHON, "serve", "./no-such-model"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
