@@ -152,18 +152,6 @@ class BlockPool:
             self._quarantined.remove(block_id)
             self._free.append(block_id)
 
-    def forget(self, hashes: Iterable[bytes]) -> int:
-        """Frees the cached blocks with these hashes and says how many; blocks that are in use stay findable."""
-        num_forgotten = 0
-        for prefix_hash in hashes:
-            block_id = self._block_of.get(prefix_hash)
-            if block_id is not None and block_id in self._cached:
-                del self._cached[block_id]
-                self._drop_hash(block_id)
-                self._free.append(block_id)
-                num_forgotten += 1
-        return num_forgotten
-
     def evict_first(self, hashes: Sequence[bytes]) -> int:
         """Makes the unreferenced blocks of a prefix the next to be evicted, the last one first; says how many.
 

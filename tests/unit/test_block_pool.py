@@ -154,15 +154,6 @@ def test_quarantined_blocks_are_out_of_circulation_until_readmitted():
     assert len(pool.allocate(3)) == 3
 
 
-def test_forgets_cached_blocks_but_not_those_in_use():
-    pool = BlockPool(4, 4)
-    table = cache_chain(pool, 0, 3)
-    pool.acquire(table[:1])
-    assert pool.forget([name(0), name(1), name(2), name(9)]) == 2
-    assert list(pool.held_hashes()) == [name(0)]
-    pool.check_integrity([table[:1]])
-
-
 @pytest.mark.parametrize(
     "misuse",
     [
@@ -285,14 +276,6 @@ class PoolMachine(RuleBasedStateMachine):
     def readmit(self):
         self.pool.readmit(self.quarantined)
         self.quarantined = []
-
-    @rule(number=st.integers(0, 5))
-    def forget(self, number):
-        victims = [block_id for block_id in self.cached if self.hash_of[block_id] == name(number)]
-        assert self.pool.forget([name(number)]) == len(victims)
-        for block_id in victims:
-            self.cached.remove(block_id)
-            del self.hash_of[block_id]
 
     @invariant()
     def books_agree(self):

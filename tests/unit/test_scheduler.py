@@ -793,8 +793,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.scheduler.cancel(reservation)
 
     @rule(prompt=PROMPTS)
-    def forget(self, prompt):
-        self.pool.forget(HASHER.hashes(prompt))
+    def evict_first(self, prompt):
+        self.pool.evict_first(HASHER.hashes(prompt))
 
     @invariant()
     def books_agree(self):
