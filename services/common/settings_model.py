@@ -65,7 +65,7 @@ class EngineSettings(Section):
         default=True, description="Reuse blocks of prompts seen before. Off: every turn is cold."
     )
     cuda_graphs: bool = Field(
-        default=True, description="Capture decode steps as CUDA graphs when the model is loaded (GPU only)."
+        default=True, description="Capture steps as CUDA graphs when the model is loaded (GPU only)."
     )
     num_threads: PositiveInt | None = Field(
         default=None, description="CPU threads of PyTorch. Not set: PyTorch's choice."
