@@ -57,8 +57,8 @@ def running(command: list[str], environment: dict[str, str]) -> Iterator[tuple[s
             assert has_ended(started), [each for each in started if each.is_running()]
         finally:
             if process.poll() is None:
-                process.send_signal(signal.SIGINT)
-                process.communicate()
+                process.terminate()
+                process.communicate(timeout=60)
 
 
 def has_ended(processes: list[psutil.Process]) -> bool:
