@@ -6,8 +6,8 @@ One run on one machine, the demo model, one thread a replica; ratios inside the 
 
     reuse      later turns after 2,000 tokens of history: reuse off | one replica | 2 prefill + 2 decode
     routing    eight sessions on two replicas of each kind: affine | random | random, fetching from the holder. Three
-               times in turn, medians. Users go on talking about 2,000 tokens of their own, four at a time, 60 new
-               tokens and a reply of 24 a turn. The two decode pools hold the sessions' KV once, and 40 % more: a
+               times in turn, medians. Users go on talking about 2,400 tokens of their own, four at a time, 60 new
+               tokens and a reply of 24 a turn. The two decode pools hold the sessions' KV once, and 50 % more: a
                router that sends a session to both replicas has no room for all of them
     isolation  gaps between tokens of running replies, idle and while prompts of 1,000 tokens arrive
     handover   1,000 tokens computed by prefill: until decode has its blocks and its first own token
@@ -43,8 +43,9 @@ from tests.cluster.serving import Serving, serving
 
 RESULT = Path(__file__).parent / "results" / "multiturn-cpu.json"
 HISTORY_TOKENS = 2000
+ROUTED_HISTORY_TOKENS = 2400
 PROMPT_TOKENS = 1000
-ROOM = 1.4  # of the decode pools, beside what all sessions of `routing` come to
+ROOM = 1.5  # of the decode pools, beside what all sessions of `routing` come to
 _ENGINE = {"num_blocks": 3072, "max_num_batched_tokens": 512}
 _WITHOUT_PREFILL = {"enabled": False}
 
@@ -84,7 +85,7 @@ def reuse(quick: bool) -> Results:
 
 def routing(quick: bool) -> Results:
     """The same conversations, four at a time, on two prefill and two decode replicas, in pools that they fill."""
-    load = Load(8, 3 if quick else 6, 4, HISTORY_TOKENS, 60, 24)
+    load = Load(8, 3 if quick else 6, 4, ROUTED_HISTORY_TOKENS, 60, 24)
     num_tokens = load.num_sessions * load.num_session_tokens
     pools = {"num_blocks": math.ceil(ROOM * num_tokens / 2 / EngineSettings().block_size)}
     policies: dict[str, dict[str, Any]] = {
