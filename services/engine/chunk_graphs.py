@@ -113,7 +113,7 @@ class ChunkGraphs:
     def _capture(self, shape: _Shape, pool: Any, stream: torch.cuda.Stream) -> None:
         inputs = fill(self._no_inputs(shape), self._inputs)
         may_split = shape.num_tokens <= _FEW_TOKENS
-        self._graphs[shape], _ = captured(lambda: self._step(inputs, may_split=may_split), pool, stream)
+        self._graphs[shape] = captured(lambda: self._step(inputs, may_split=may_split), pool, stream)
 
     def _step(self, inputs: dict[str, Tensor], *, may_split: bool) -> None:
         work = PrefillWork(inputs["tiles"], inputs["counts"], may_split)

@@ -7,7 +7,8 @@ that nobody reads, and store nothing.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +19,6 @@ from services.engine.fused import FusedModel
 from services.engine.kernels.draw_tokens import Draws, draw_tokens
 from services.engine.staging import Staging, fill, num_bytes
 from services.engine.step import Step, StepArrays
-
-T = TypeVar("T")
 
 # Up to here a step's time hardly grows with its rows; beyond, rows left over would cost as much as others.
 _FIRST_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 224, 256)
@@ -36,16 +35,16 @@ def graph_sizes(max_rows: int) -> list[int]:
 _KINDS = ((False, False), (False, True), (True, True))
 
 
-def captured(function: Callable[[], T], pool: Any, stream: torch.cuda.Stream) -> tuple[torch.cuda.CUDAGraph, T]:
-    """A function as a graph, and what it returned, which every replay writes anew. It is run once before."""
+def captured(function: Callable[[], None], pool: Any, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+    """A function as a graph: what it writes, every replay writes anew. It is run once before."""
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         function()  # compiles kernels, and makes the libraries' workspaces
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool, stream=stream):
-        result = function()
-    return graph, result
+        function()
+    return graph
 
 
 class DecodeGraphs:
@@ -109,9 +108,9 @@ class DecodeGraphs:
         def sample(cuts_k: bool, cuts_p: bool) -> None:
             draw_tokens(self._logits[:size], draws, self._sampled_ids[:size], cuts_k=cuts_k, cuts_p=cuts_p)
 
-        self._steps[size], _ = captured(lambda: self._step(inputs), pool, stream)
+        self._steps[size] = captured(partial(self._step, inputs), pool, stream)
         for kind in _KINDS:
-            self._samplers[size, *kind], _ = captured(lambda k=kind: sample(*k), pool, stream)  # type: ignore[misc]
+            self._samplers[size, *kind] = captured(partial(sample, *kind), pool, stream)
 
     def _step(self, inputs: dict[str, Tensor]) -> None:
         tables = self._tables.tensor.index_select(0, inputs["table_rows"])

@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from services.engine.kernels.multiprocessors import num_multiprocessors
+
 SCALE_BLOCK = 128
 
 
@@ -53,8 +55,7 @@ def fp8_linear_triton(
     out = torch.empty(num_tokens, num_outputs, dtype=x.dtype, device=x.device)
     if num_tokens == 0:
         return out
-    num_sms = torch.cuda.get_device_properties(x.device).multi_processor_count
-    tile = tile or tile_for(num_tokens, num_outputs, num_channels, num_sms)
+    tile = tile or tile_for(num_tokens, num_outputs, num_channels, num_multiprocessors(x.device))
     activations, scales = quantize_rows(x, round_scales_to_power_of_two)
     target = out
     if tile.num_splits > 1:

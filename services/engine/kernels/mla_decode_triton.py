@@ -15,6 +15,7 @@ import triton.language as tl
 from services.engine.kernels.mla_decode_fp8_triton import attend_fp8
 from services.engine.kernels.mla_decode_numbers_triton import attend_numbers
 from services.engine.kernels.mla_decode_runs_triton import merge, row_ends, run_of, tokens_of
+from services.engine.kernels.multiprocessors import num_multiprocessors
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def mla_decode_triton(
         raise ValueError("the cache must be dense within a block")
     plan = plan or plan_for(num_heads, kv_lora_rank, cache.dtype)
     num_groups = triton.cdiv(num_heads, plan.block_h)
-    num_workers = max(1, _num_sms(q.device) * plan.workers_per_sm // num_groups)
+    num_workers = max(1, num_multiprocessors(q.device) * plan.workers_per_sm // num_groups)
     if max_context_len is not None:
         num_workers = min(num_workers, max(1, num_rows * triton.cdiv(max_context_len, plan.block_n)))
     q = q.contiguous()
@@ -110,10 +111,6 @@ def mla_decode_triton(
         num_warps=4 if latent_pow2 >= 512 else 1,
     )
     return out
-
-
-def _num_sms(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_workers", "table_stride"])
