@@ -110,6 +110,7 @@ class FusedModel:
             self._rotary.sin,
             self._cache.pool[:, index],
             step.slots,
+            projections.absorb_weights()[0],
             absorbed,
         )
         return Projected(q, latents, absorbed)

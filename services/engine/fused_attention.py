@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from services.engine.attention import Projections
 from services.engine.config import ModelConfig
 from services.engine.kernels.expand_latents import expand_latents
 from services.engine.kernels.gather_latents import gather_latents
-from services.engine.kernels.mla_decode import mla_decode
+from services.engine.kernels.mla_decode import mla_decode_to_values
 from services.engine.kernels.mla_prefill import mla_prefill
 from services.engine.kv_cache import KVCache
 from services.engine.rotary import softmax_scale
@@ -26,7 +25,7 @@ EXPANDED_BYTES = 512 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Projected:
-    """What `mla_store` left of a layer: q [T, H, N+R], latents [T, C+R], absorbed [>= R, H, C+R] with the rope part."""
+    """What `mla_store` left of a layer: q [T, H, N+R], latents [T, C+R], absorbed [R, H, C+R]."""
 
     q: Tensor
     latents: Tensor
@@ -46,26 +45,22 @@ class FusedAttention:
         q, latents, absorbed = projected.q, projected.latents, projected.absorbed
         num_rows = step.num_rows
         if num_rows:
-            self._attend_rows(layer, projections, q[:num_rows], absorbed[:num_rows], out[:num_rows], step)
+            _, value_weights = projections.absorb_weights()
+            self._attend_rows(layer, value_weights, absorbed[:num_rows], out[:num_rows], step)
         if step.long is not None:
             self._attend_long(layer, projections, q, latents[num_rows:], out, step.long)
 
-    def _attend_rows(
-        self, layer: int, projections: Projections, q: Tensor, absorbed: Tensor, out: Tensor, step: Step
-    ) -> None:
-        key_weights, value_weights = projections.absorb_weights()
-        nope, rank = key_weights.shape[1:]
-        torch.bmm(q[..., :nope].transpose(0, 1), key_weights, out=absorbed[..., :rank].transpose(0, 1))
-        u = mla_decode(
+    def _attend_rows(self, layer: int, value_weights: Tensor, absorbed: Tensor, out: Tensor, step: Step) -> None:
+        mla_decode_to_values(
             absorbed,
             self._cache.pool[:, layer],
             step.block_tables,
             step.context_lens,
             self._scale,
-            rank,
+            value_weights,
+            out,
             step.max_context_len,
         )
-        torch.bmm(u.transpose(0, 1), value_weights, out=out.transpose(0, 1))
 
     def _attend_long(
         self, layer: int, projections: Projections, q: Tensor, latents: Tensor, out: Tensor, long: LongChunks

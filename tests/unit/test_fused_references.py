@@ -82,12 +82,16 @@ def test_a_stored_latent_is_what_the_cache_would_hold(kv_dtype: str) -> None:
     wanted_q = torch.cat((q[..., :-rope], rotate(q[..., -rope:], cos, sin)), dim=-1)
     wanted = torch.cat((norm(latents[:, :rank]), rotate(latents[:, rank:], cos, sin)), dim=-1)
     plain.write(1, slots[kept].long() // 4, slots[kept].long() % 4, wanted[kept])
+    key_weights = torch.randn(heads, config.qk_nope_head_dim, rank)
     absorbed = torch.zeros(2, heads, rank + rope)
+    tables = rotary.cos, rotary.sin
     mla_store(
-        q, latents, norm.weight, 1e-6, positions, rotary.cos, rotary.sin, fused.pool[:, 1], slots, absorbed
+        q, latents, norm.weight, 1e-6, positions, *tables, fused.pool[:, 1], slots, key_weights, absorbed
     )  # fmt: skip
     torch.testing.assert_close(q[2:], wanted_q[2:])
     torch.testing.assert_close(absorbed[..., rank:], wanted_q[:2, :, -rope:])
+    wanted_rows = torch.einsum("bhn,hnc->bhc", wanted_q[:2, :, :-rope], key_weights)
+    torch.testing.assert_close(absorbed[..., :rank], wanted_rows)
     torch.testing.assert_close(latents, wanted)
     read = gather_latents(fused.pool[:, 1], slots[kept], rank, torch.float32)
     if kv_dtype == "fp8":  # a number between two steps of e4m3 may fall to either

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from services.engine.kernels.fp8_linear import dequantize, fp8_linear, quantize_activations
-from services.engine.kernels.mla_decode import mla_decode, unpack_latents
+from services.engine.kernels.mla_decode import mla_decode, mla_decode_to_values, unpack_latents
 from services.engine.kernels.mla_prefill import mla_prefill, mla_prefill_reference, query_tiles, work_counts
 from services.engine.kernels.moe_experts import moe_experts
 from tests.kernel_inputs import decode_inputs, fp8_experts, fp8_weight, pack_latents, relative_error
@@ -32,6 +32,17 @@ def test_decode_attends_to_the_blocks_of_the_table(dtype: torch.dtype, latent: i
             keys = torch.stack([cache[slot] for slot in slots]).double()
             expected = (q[row].double() @ keys.t() * 0.2).softmax(-1) @ keys[:, :latent]
             assert relative_error(out[row], expected) < TOLERANCES[dtype]
+
+
+def test_decode_to_values_is_each_heads_latents_times_its_weights() -> None:
+    q, cache, tables, lens = decode_inputs([40, 0, 3], 4, 48, 16, 16, torch.float32)
+    value_weights = torch.randn(4, 20, 48).transpose(1, 2)
+    out = torch.full((3, 4, 20), 7.0)
+    mla_decode_to_values(q, cache, tables, lens, 0.1, value_weights, out)
+    latents = mla_decode(q.double(), cache.double(), tables, lens, 0.1, 48)
+    assert not out[1].any()
+    for head in range(4):
+        assert relative_error(out[:, head], latents[:, head] @ value_weights[head].double()) < 2e-6
 
 
 def test_decode_of_fp8_records_is_that_of_their_numbers() -> None:

@@ -47,13 +47,13 @@ def _add_rms_norm(
     BLOCK: tl.constexpr,
     IS_DEPENDENT: tl.constexpr,
 ):
-    begin_after_earlier(IS_DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
     mask = d < SIZE
+    w = tl.load(weight + d, mask=mask, other=0.0).to(tl.float32)
+    begin_after_earlier(IS_DEPENDENT)
     at = h + row * row_stride + d
     number = tl.load(at, mask=mask, other=0.0)
-    w = tl.load(weight + d, mask=mask, other=0.0).to(tl.float32)
     if ADDS:
         added = number.to(tl.float32) + tl.load(delta + row * SIZE + d, mask=mask, other=0.0).to(tl.float32)
         number = added.to(number.dtype)

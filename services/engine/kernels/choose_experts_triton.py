@@ -63,7 +63,7 @@ def _scores(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.linear(x.float(), weight).unsqueeze(0)
     if num_tokens == 1:
         logits = torch.empty(1, 1, num_experts, dtype=torch.float32, device=x.device)
-        _one_row[(num_experts,)](x, weight, logits, SIZE=x.shape[1], BLOCK_D=1024, num_warps=4, **dependent(x.device))
+        _one_row[(num_experts,)](x, weight, logits, SIZE=x.shape[1], BLOCK_D=2048, num_warps=4, **dependent(x.device))
         return logits
     num_tiles = triton.cdiv(num_tokens, BLOCK_T) * triton.cdiv(num_experts, BLOCK_E)
     num_steps = triton.cdiv(x.shape[1], BLOCK_D)
@@ -89,13 +89,16 @@ def _scores(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 @triton.jit
 def _one_row(x, weight, logits, SIZE: tl.constexpr, BLOCK_D: tl.constexpr, IS_DEPENDENT: tl.constexpr):
-    begin_after_earlier(IS_DEPENDENT)
     expert = tl.program_id(0)
-    acc = tl.zeros([BLOCK_D], tl.float32)
-    for start in tl.static_range(0, SIZE, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        w = tl.load(weight + expert * SIZE + d, mask=d < SIZE, other=0.0)
-        acc += w * tl.load(x + d, mask=d < SIZE, other=0.0).to(tl.float32)
+    d = tl.arange(0, BLOCK_D)
+    at = weight + expert * SIZE + d
+    first = tl.load(at, mask=d < SIZE, other=0.0)
+    begin_after_earlier(IS_DEPENDENT)
+    acc = first * tl.load(x + d, mask=d < SIZE, other=0.0).to(tl.float32)
+    for start in tl.static_range(BLOCK_D, SIZE, BLOCK_D):
+        mask = start + d < SIZE
+        w = tl.load(at + start, mask=mask, other=0.0)
+        acc += w * tl.load(x + start + d, mask=mask, other=0.0).to(tl.float32)
     tl.store(logits + expert, tl.sum(acc, 0))
 
 

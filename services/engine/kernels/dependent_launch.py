@@ -3,9 +3,11 @@
 
 A step of few tokens is hundreds of kernels of a few microseconds, and between two of them the card would drain and
 launch. Since Hopper a kernel may be launched as soon as every program of the one before has begun. The order is kept
-by the kernel itself, which is why each one that is launched so begins with `begin_after_earlier`, in every program and
-before it reads or writes anything: it ends once the kernel before is through, which has waited for its own. Kernels
-launched in the ordinary way, in between or after a fork or a join of streams, need not know about it.
+by the kernel itself, which is why each one that is launched so calls `begin_after_earlier` in every program, before it
+reads or writes what its step computes: the call ends once the kernel before is through, which has waited for its own.
+What was there before the step may be read ahead of the call, past the first-level cache where it changes from step to
+step: weights above all, which are then on their way while the kernel before still computes what they are to meet.
+Kernels launched in the ordinary way, in between or after a fork or a join of streams, need not know about any of this.
 
 A captured graph keeps it, as edges of a kind of their own, across forks and joins too. Sampling, a few kernels in a
 graph by themselves, gains nothing by it and does without.

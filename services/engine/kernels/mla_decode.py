@@ -14,6 +14,8 @@ import torch
 from services.engine.kernels import mla_decode_flash_mla
 
 SCALE_BLOCK = 128
+# Up to here every row reads the weights of its values for itself.
+FEW_ROWS = 2
 
 
 def unpack_latents(records: torch.Tensor, kv_lora_rank: int) -> torch.Tensor:
@@ -50,6 +52,28 @@ def mla_decode(
 
         return mla_decode_triton(q, cache, block_tables, context_lens, scale, kv_lora_rank, max_context_len)
     return mla_decode_reference(q, cache, block_tables, context_lens, scale, kv_lora_rank)
+
+
+def mla_decode_to_values(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    scale: float,
+    value_weights: torch.Tensor,
+    out: torch.Tensor,
+    max_context_len: int | None = None,
+) -> None:
+    """`mla_decode`, and each head's latents times its value_weights [H, C, V], into out [B, H, V]."""
+    rank = value_weights.shape[1]
+    takes_few = len(q) <= FEW_ROWS and value_weights.stride(1) == 1 and out.is_contiguous()
+    if q.is_cuda and takes_few and not mla_decode_flash_mla.is_best(q, cache, rank):
+        from services.engine.kernels.mla_decode_triton import mla_decode_triton
+
+        mla_decode_triton(q, cache, block_tables, context_lens, scale, rank, max_context_len, value_weights, out)
+        return
+    latents = mla_decode(q, cache, block_tables, context_lens, scale, rank, max_context_len)
+    torch.bmm(latents.transpose(0, 1), value_weights, out=out.transpose(0, 1))
 
 
 def mla_decode_reference(

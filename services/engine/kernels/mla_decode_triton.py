@@ -12,10 +12,14 @@ import torch
 import triton
 import triton.language as tl
 
+from services.engine.kernels.dependent_launch import begin_after_earlier, dependent
 from services.engine.kernels.mla_decode_fp8_triton import attend_fp8
 from services.engine.kernels.mla_decode_numbers_triton import attend_numbers
-from services.engine.kernels.mla_decode_runs_triton import merge, row_ends, run_of, tokens_of
+from services.engine.kernels.mla_decode_runs_triton import merge, merge_to_values, row_ends, run_of, tokens_of
 from services.engine.kernels.multiprocessors import num_multiprocessors
+
+# Numbers of a value that a program makes of a head's latents.
+BLOCK_V = 32
 
 
 @dataclass(frozen=True)
@@ -49,9 +53,11 @@ def mla_decode_triton(
     scale: float,
     kv_lora_rank: int,
     max_context_len: int | None = None,
+    value_weights: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
     plan: Plan | None = None,
 ) -> torch.Tensor:
-    """See `mla_decode`."""
+    """See `mla_decode`; with value_weights and out, see `mla_decode_to_values`."""
     num_rows, num_heads, width = q.shape
     is_fp8 = cache.dtype == torch.uint8
     if cache.stride(2) != 1 or cache.stride(1) != cache.shape[2] or cache.stride(0) % cache.stride(1):
@@ -64,7 +70,6 @@ def mla_decode_triton(
     q = q.contiguous()
     partial = torch.empty(num_workers + num_rows, num_heads, kv_lora_rank, dtype=torch.float32, device=q.device)
     lse = torch.empty(num_workers + num_rows, num_heads, dtype=torch.float32, device=q.device)
-    out = torch.empty(num_rows, num_heads, kv_lora_rank, dtype=q.dtype, device=q.device)
     rows_pow2 = max(16, triton.next_power_of_2(num_rows))
     latent_pow2 = max(16, triton.next_power_of_2(kv_lora_rank))
     # Of a record, each part as its own type: two latents to a number.
@@ -94,21 +99,47 @@ def mla_decode_triton(
         BLOCK_N=plan.block_n,
         num_warps=plan.num_warps,
         num_stages=plan.num_stages,
+        **dependent(q.device),
     )
-    merge[(num_heads, num_rows)](
+    sizes = {
+        "NUM_HEADS": num_heads,
+        "LATENT": kv_lora_rank,
+        "ROWS": rows_pow2,
+        "LATENT_POW2": latent_pow2,
+        "BLOCK_N": plan.block_n,
+    }
+    if value_weights is None:
+        out = torch.empty(num_rows, num_heads, kv_lora_rank, dtype=q.dtype, device=q.device)
+        merge[(num_heads, num_rows)](
+            partial,
+            lse,
+            context_lens,
+            out,
+            num_rows,
+            num_workers,
+            **sizes,
+            PARTS=8,
+            num_warps=4 if latent_pow2 >= 512 else 1,
+            **dependent(q.device),
+        )
+        return out
+    assert out is not None
+    merge_to_values[(num_heads, num_rows, triton.cdiv(out.shape[2], BLOCK_V))](
         partial,
         lse,
         context_lens,
+        value_weights,
         out,
+        value_weights.stride(0),
+        value_weights.stride(2),
         num_rows,
         num_workers,
-        NUM_HEADS=num_heads,
-        LATENT=kv_lora_rank,
-        ROWS=rows_pow2,
-        LATENT_POW2=latent_pow2,
-        BLOCK_N=plan.block_n,
-        PARTS=8,
-        num_warps=4 if latent_pow2 >= 512 else 1,
+        VALUE=out.shape[2],
+        BLOCK_V=BLOCK_V,
+        **sizes,
+        PARTS=32,
+        num_warps=8 if latent_pow2 >= 512 else 4,
+        **dependent(q.device),
     )
     return out
 
@@ -139,6 +170,7 @@ def _attend(
     ROPE_POW2: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):
     """One worker's run of tiles, for one group of heads. Neighbouring programs read the same latents."""
     group = tl.program_id(0) % NUM_GROUPS
@@ -146,6 +178,7 @@ def _attend(
     rows, lengths, ends = row_ends(lens, num_rows, ROWS, BLOCK_N)
     begin, stop = run_of(worker, num_workers, ends)
     heads = group * BLOCK_H + tl.arange(0, BLOCK_H)
+    begin_after_earlier(IS_DEPENDENT)
     if begin < stop:
         first_row = tl.sum((ends <= begin).to(tl.int32), 0)
         last_row = tl.sum((ends < stop).to(tl.int32), 0)

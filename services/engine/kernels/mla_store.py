@@ -12,6 +12,8 @@ from services.engine.kernels.mla_decode import SCALE_BLOCK
 
 SMALLEST_AMAX = 1e-4
 E4M3_MAX = 448.0
+# Up to here every token reads the keys' weights for itself.
+FEW_TOKENS = 2
 
 
 def mla_store(
@@ -24,6 +26,7 @@ def mla_store(
     sin: torch.Tensor,
     cache: torch.Tensor,
     slots: torch.Tensor,
+    key_weights: torch.Tensor,
     absorbed: torch.Tensor,
 ) -> None:
     """Ropes q, norms and ropes latents, all in place, and stores the latents in the cache.
@@ -31,14 +34,18 @@ def mla_store(
     q [T, H, N + R], latents [T, C + R]: rows may be strided. norm_weight [C]. cos, sin: tables [positions, R / 2] fp32.
     cache: one layer's view of the pool [num_blocks, block_size, width], numbers or FP8 records. positions, slots [T]
     int32; a slot is block * block_size + offset, and a negative one is nowhere: nothing is stored.
-    absorbed [B, H, C + R]: takes the roped part of the first B rows of q, too.
+    absorbed [B, H, C + R]: takes the first B rows of q, what is not roped times key_weights [H, N, C].
     """
-    arguments = (q, latents, norm_weight, eps, positions, cos, sin, cache, slots, absorbed)
-    if q.is_cuda:
-        from services.engine.kernels.mla_store_triton import mla_store_triton
+    arguments = (q, latents, norm_weight, eps, positions, cos, sin, cache, slots)
+    if not q.is_cuda:
+        mla_store_reference(*arguments, key_weights, absorbed)
+        return
+    from services.engine.kernels.mla_store_triton import mla_store_triton
 
-        return mla_store_triton(*arguments)
-    return mla_store_reference(*arguments)
+    absorbs = len(q) <= FEW_TOKENS and key_weights.stride(2) == 1
+    mla_store_triton(*arguments, absorbed, key_weights if absorbs else None)
+    if len(absorbed) and not absorbs:
+        _absorb(q, key_weights, absorbed)
 
 
 def mla_store_reference(
@@ -51,9 +58,11 @@ def mla_store_reference(
     sin: torch.Tensor,
     cache: torch.Tensor,
     slots: torch.Tensor,
+    key_weights: torch.Tensor,
     absorbed: torch.Tensor,
 ) -> None:
     """`mla_store` in plain PyTorch."""
+    _absorb(q, key_weights, absorbed)
     rank, rope = norm_weight.shape[0], 2 * cos.shape[1]
     angles = cos[positions.long()], sin[positions.long()]
     q[..., -rope:] = _rotate(q[..., -rope:], *(each.unsqueeze(1) for each in angles))
@@ -68,6 +77,12 @@ def mla_store_reference(
     if cache.dtype == torch.uint8:
         rows = pack_latents(rows, rank)
     cache[slots // cache.shape[1], slots % cache.shape[1]] = rows.to(cache.dtype)
+
+
+def _absorb(q: torch.Tensor, key_weights: torch.Tensor, absorbed: torch.Tensor) -> None:
+    nope, rank = key_weights.shape[1:]
+    rows = q[: len(absorbed), :, :nope].transpose(0, 1)
+    torch.bmm(rows, key_weights, out=absorbed[..., :rank].transpose(0, 1))
 
 
 def pack_latents(rows: torch.Tensor, kv_lora_rank: int) -> torch.Tensor:

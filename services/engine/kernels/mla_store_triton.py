@@ -1,5 +1,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-"""Rope, the latents' norm and the cache on CUDA: two programs a token, one for its queries, one for its latent."""
+"""Rope, the latents' norm and the cache on CUDA: two programs a token, one for its queries, one for its latent.
+
+Of few tokens more programs take the queries to the latents' side, a piece of a head's weights each.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,9 @@ import triton
 import triton.language as tl
 
 from services.engine.kernels.dependent_launch import begin_after_earlier, dependent
+
+# Numbers of a head's latent that a program takes its query to.
+BLOCK_C = 128
 
 
 def mla_store_triton(
@@ -21,8 +27,9 @@ def mla_store_triton(
     cache: torch.Tensor,
     slots: torch.Tensor,
     absorbed: torch.Tensor,
+    key_weights: torch.Tensor | None = None,
 ) -> None:
-    """See `mla_store`."""
+    """See `mla_store`. Without key_weights absorbed takes the roped part only."""
     num_tokens, num_heads, width = q.shape
     rank, half = norm_weight.shape[0], cos.shape[1]
     if num_tokens == 0:
@@ -36,7 +43,8 @@ def mla_store_triton(
     as_latents = cache.view(torch.float8_e4m3fn) if is_fp8 else cache
     as_scales = cache.view(torch.float32) if is_fp8 else cache
     as_ropes = cache.view(torch.bfloat16) if is_fp8 else cache
-    _mla_store[(num_tokens, 2)](
+    num_pieces = triton.cdiv(rank, BLOCK_C)
+    _mla_store[(num_tokens, 2 + (num_heads * num_pieces if key_weights is not None else 0))](
         q,
         latents,
         norm_weight,
@@ -48,8 +56,11 @@ def mla_store_triton(
         as_scales,
         as_ropes,
         slots,
+        key_weights if key_weights is not None else q,
         absorbed,
         absorbed.shape[0],
+        key_weights.stride(0) if key_weights is not None else 0,
+        key_weights.stride(1) if key_weights is not None else 0,
         q.stride(0),
         latents.stride(0),
         as_latents.stride(0),
@@ -65,6 +76,9 @@ def mla_store_triton(
         HEADS_POW2=triton.next_power_of_2(num_heads),
         LATENT_POW2=triton.next_power_of_2(rank),
         HALF_POW2=triton.next_power_of_2(half),
+        ABSORBS=key_weights is not None,
+        NOPE_POW2=triton.next_power_of_2(max(1, width - 2 * half)),
+        BLOCK_C=BLOCK_C,
         num_warps=4,
         **dependent(q.device),
     )
@@ -73,6 +87,35 @@ def mla_store_triton(
 @triton.jit
 def _turn(even, odd, c, s):
     return even * c - odd * s, odd * c + even * s
+
+
+@triton.jit
+def _absorb(
+    q,
+    key_weights,
+    absorbed,
+    piece,
+    head_stride,
+    nope_stride,
+    WIDTH: tl.constexpr,
+    NOPE: tl.constexpr,
+    LATENT: tl.constexpr,
+    ABSORBED: tl.constexpr,
+    NOPE_POW2: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
+):
+    """BLOCK_C numbers of one head's query on the latents' side."""
+    pieces: tl.constexpr = (LATENT + BLOCK_C - 1) // BLOCK_C
+    head = piece // pieces
+    c = piece % pieces * BLOCK_C + tl.arange(0, BLOCK_C)
+    n = tl.arange(0, NOPE_POW2)
+    at = key_weights + head.to(tl.int64) * head_stride + n[:, None] * nope_stride + c[None, :]
+    weight = tl.load(at, mask=(n[:, None] < NOPE) & (c[None, :] < LATENT), other=0.0)
+    begin_after_earlier(IS_DEPENDENT)
+    query = tl.load(q + head * WIDTH + n, mask=n < NOPE, other=0.0).to(tl.float32)
+    latent = tl.sum(weight.to(tl.float32) * query[:, None], 0)
+    tl.store(absorbed + head * ABSORBED + c, latent.to(absorbed.dtype.element_ty), mask=c < LATENT)
 
 
 @triton.jit(do_not_specialize=["num_absorbed"])
@@ -88,8 +131,11 @@ def _mla_store(
     cache_scales,
     cache_ropes,
     slots,
+    key_weights,
     absorbed,
     num_absorbed,
+    head_stride,
+    nope_stride,
     q_stride,
     latents_stride,
     block_stride,
@@ -105,16 +151,39 @@ def _mla_store(
     HEADS_POW2: tl.constexpr,
     LATENT_POW2: tl.constexpr,
     HALF_POW2: tl.constexpr,
+    ABSORBS: tl.constexpr,
+    NOPE_POW2: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     IS_DEPENDENT: tl.constexpr,
 ):
-    begin_after_earlier(IS_DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
-    position = tl.load(positions + row).to(tl.int64)
+    if ABSORBS:
+        piece = tl.program_id(1) - 2
+        if piece >= 0:
+            if row < num_absorbed:
+                _absorb(
+                    q + row * q_stride,
+                    key_weights,
+                    absorbed + row * NUM_HEADS * (LATENT + 2 * HALF),
+                    piece,
+                    head_stride,
+                    nope_stride,
+                    WIDTH,
+                    WIDTH - 2 * HALF,
+                    LATENT,
+                    LATENT + 2 * HALF,
+                    NOPE_POW2,
+                    BLOCK_C,
+                    IS_DEPENDENT,
+                )
+            return
+    position = tl.load(positions + row, cache_modifier=".cg").to(tl.int64)
     j = tl.arange(0, HALF_POW2)
     is_pair = j < HALF
     c = tl.load(cos + position * HALF + j, mask=is_pair, other=0.0)
     s = tl.load(sin + position * HALF + j, mask=is_pair, other=0.0)
     if tl.program_id(1) == 0:
+        begin_after_earlier(IS_DEPENDENT)
         head = tl.arange(0, HEADS_POW2)[:, None]
         mask = (head < NUM_HEADS) & is_pair[None, :]
         at = q + row * q_stride + head * WIDTH + (WIDTH - 2 * HALF) + 2 * j[None, :]
@@ -128,15 +197,16 @@ def _mla_store(
         tl.store(at, q_even.to(q.dtype.element_ty), mask=mask)
         tl.store(at + 1, q_odd.to(q.dtype.element_ty), mask=mask)
     else:
-        slot = tl.load(slots + row).to(tl.int64)
+        slot = tl.load(slots + row, cache_modifier=".cg").to(tl.int64)
         is_kept = slot >= 0
         block = slot // BLOCK_SIZE
         offset = slot % BLOCK_SIZE
         own = latents + row * latents_stride
         i = tl.arange(0, LATENT_POW2)
         is_latent = i < LATENT
-        x = tl.load(own + i, mask=is_latent, other=0.0).to(tl.float32)
         w = tl.load(norm_weight + i, mask=is_latent, other=0.0).to(tl.float32)
+        begin_after_earlier(IS_DEPENDENT)
+        x = tl.load(own + i, mask=is_latent, other=0.0).to(tl.float32)
         x = x * tl.rsqrt(tl.sum(x * x, 0) / LATENT + eps) * w
         x = x.to(latents.dtype.element_ty)
         first = tl.load(own + LATENT + 2 * j, mask=is_pair, other=0.0).to(tl.float32)
