@@ -1,6 +1,6 @@
 """How close the CUDA kernels come to what the card can do.
 
-    python -m tests.bench.kernels [--only decode moe linear prefill]
+    python -m tests.bench.kernels [--only decode bound moe linear prefill]
 
 Measures the card's copy and matrix rates first. Then each kernel is checked against its reference, captured in a CUDA
 graph over rotated inputs (so that weights and latents come from memory, not from the L2 cache), and timed by device
@@ -157,6 +157,25 @@ class Bench:
             peer = ("", None) if is_fp8 else _decode_peer(inputs, num_heads, context)
             yield self.figure(name, ms, num_bytes, flops, error, peer)
 
+    def bound(self) -> Iterator[Figure]:
+        """What holds decode of many heads up: the same with one context for all, which the L2 cache serves."""
+        rows, context, num_heads = 64, 8192, 128
+        for is_shared in (False, True):
+            q, cache, tables, lens = decode_inputs(
+                [context] * rows, num_heads, LATENT, ROPE, 64, BFLOAT16, "cuda", num_layers=1
+            )
+            if is_shared:
+                tables = tables[:1].expand(rows, -1).contiguous()
+            out = mla_decode(q, cache, tables, lens, 0.1, LATENT, context)
+            expected = mla_decode_reference(q[:2].float(), cache, tables[:2], lens[:2], 0.1, LATENT)
+            inputs = (q, cache, tables, lens)
+            ms = time_ms([lambda i=inputs: mla_decode(*i, 0.1, LATENT, context)] * 3)
+            flops = 2 * rows * context * num_heads * (2 * LATENT + ROPE)
+            num_bytes = (1 if is_shared else rows) * context * 1152
+            name = f"decode {rows} x {context}, {num_heads} heads" + ", one context" * is_shared
+            error = relative_error(out[:2], expected)
+            yield self.figure(name, ms, num_bytes, flops, error, _decode_peer([inputs], num_heads, context))
+
     def moe(self) -> Iterator[Figure]:
         """The weights of the experts touched are the bytes."""
         for tokens in (1, 8, 64, 256, 8192):
@@ -274,7 +293,7 @@ def _cudnn_ms(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> float:
 def main() -> None:
     """Run, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ["decode", "moe", "linear", "prefill"]
+    parts = ["decode", "bound", "moe", "linear", "prefill"]
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -295,7 +314,7 @@ def main() -> None:
                 f"  {figure.tb_per_s:5.2f} TB/s {figure.tflop_per_s:6.1f} TFLOP/s  error {figure.error:.1e}  {peer}",
                 flush=True,
             )
-        key = f"{part} beside FlashMLA" if part == "decode" and flash_mla() is not None else part
+        key = f"{part} beside FlashMLA" if part in ("decode", "bound") and flash_mla() is not None else part
         results[key] = {
             "commit": commit(),
             "torch": torch.__version__,

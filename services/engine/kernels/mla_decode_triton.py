@@ -137,8 +137,8 @@ def mla_decode_triton(
         VALUE=out.shape[2],
         BLOCK_V=BLOCK_V,
         **sizes,
-        PARTS=32,
-        num_warps=8 if latent_pow2 >= 512 else 4,
+        PARTS=16,
+        num_warps=4,
         **dependent(q.device),
     )
     return out
