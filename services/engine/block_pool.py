@@ -98,6 +98,7 @@ class BlockPool:
     def allocate(self, num_blocks: int) -> list[int]:
         """Takes `num_blocks` blocks without content, each with one reference; evicts cached ones only when it must.
 
+        In rising order: what was evicted together lay side by side, and travels faster so (`transfer/runs.py`).
         Raises OutOfBlocks, with nothing changed.
         """
         if num_blocks > self.num_free_blocks:
@@ -107,7 +108,7 @@ class BlockPool:
             block_id = self._free.pop() if self._free else self._evict()
             self._num_references[block_id] = 1
             taken.append(block_id)
-        return taken
+        return sorted(taken)
 
     def commit(self, block_id: int, prefix_hash: bytes, previous_hash: bytes | None = None) -> None:
         """Makes a referenced block findable: it is full, computed, and will never be written again.

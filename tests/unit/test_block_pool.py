@@ -85,6 +85,15 @@ def test_evicts_the_tail_of_a_chain_before_its_head():
     assert list(pool.held_hashes()) == [name(0)]
 
 
+def test_hands_out_what_is_evicted_together_side_by_side():
+    pool = BlockPool(num_blocks=8, block_size=4)
+    for number, block_id in enumerate(table := pool.allocate(8)):
+        pool.commit(block_id, bytes([number]))
+    pool.release(table)
+    assert pool.allocate(3) == [5, 6, 7]
+    assert pool.allocate(5) == [0, 1, 2, 3, 4]
+
+
 def test_evicts_oldest_unreferenced_block():
     pool = BlockPool(3, 4)
     old, middle, new = (cache_chain(pool, number, 1) for number in range(3))
@@ -219,10 +228,11 @@ class PoolMachine(RuleBasedStateMachine):
                 self.pool.allocate(num_blocks)
             return
         table = self.pool.allocate(num_blocks)
-        assert len(set(table)) == num_blocks
+        assert table == sorted(set(table))
+        assert len(table) == num_blocks
         assert not any(self.num_references(block_id) or block_id in self.quarantined for block_id in table)
         evicted = self.cached[: max(0, num_blocks - (num_free - len(self.cached)))]
-        assert [block_id for block_id in table if block_id in self.cached] == evicted
+        assert [block_id for block_id in table if block_id in self.cached] == sorted(evicted)
         for block_id in evicted:
             self.cached.remove(block_id)
             del self.hash_of[block_id]
