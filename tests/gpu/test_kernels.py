@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from services.engine.kernels.expand_latents import expand_latents, expand_latents_reference
-from services.engine.kernels.expand_latents_triton import cut_for
 from services.engine.kernels.fp8_linear import fp8_linear, fp8_linear_reference
 from services.engine.kernels.mla_decode import (
     mla_decode,
@@ -270,6 +269,8 @@ def test_a_captured_prefill_is_given_other_work() -> None:
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize(("channels", "outputs"), [(512, 4096), (48, 80), (128, 6 * 40)])
 def test_expanding_as_many_latents_as_there_are(dtype: torch.dtype, channels: int, outputs: int) -> None:
+    from services.engine.kernels.expand_latents_triton import cut_for  # Triton is where the GPU is
+
     room = 1000
     latents = torch.randn(room, channels + 16, device="cuda").to(dtype)[:, :channels]
     weight = torch.randn(outputs, channels, device="cuda").to(dtype) / channels**0.5
