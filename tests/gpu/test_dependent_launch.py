@@ -83,7 +83,7 @@ class _Layer:
         )
 
 
-@pytest.mark.parametrize("rows", [1, 3, 6])
+@pytest.mark.parametrize("rows", [1, 2, 6])
 def test_layers_in_a_graph_give_what_they_give_one_kernel_at_a_time(rows: int) -> None:
     """Every layer computes in memory that the one before has just left, two streams fork and join in each."""
     inputs = [_Inputs.new(rows, step) for step in range(3)]

@@ -89,7 +89,7 @@ def test_a_broken_token_gets_experts_that_exist_and_disturbs_nobody() -> None:
 @pytest.mark.parametrize(
     ("heads", "nope", "rope", "latent"), [(16, 128, 64, 512), (128, 128, 64, 512), (6, 16, 32, 128)]
 )
-@pytest.mark.parametrize(("tokens", "absorbed_rows"), [(19, 4), (4, 4), (3, 1)])
+@pytest.mark.parametrize(("tokens", "absorbed_rows"), [(19, 4), (2, 2), (2, 1)])
 def test_mla_store_and_gather(
     tokens: int,
     absorbed_rows: int,
@@ -107,7 +107,7 @@ def test_mla_store_and_gather(
     positions = torch.randint(100, (tokens,), device="cuda", dtype=torch.int32)
     angles = torch.rand(100, rope // 2, device="cuda") * 6
     slots = torch.randperm(35, device="cuda")[:tokens].int()
-    slots[2] = -1
+    slots[-1] = -1
     norm_weight = torch.rand(latent, device="cuda").to(dtype)
     weights = torch.randn(heads, nope + 24, latent, device="cuda").div(nope**0.5).to(dtype)
     key_weights = weights[:, :nope]  # as a layer has them, its values' between
@@ -123,8 +123,8 @@ def test_mla_store_and_gather(
         )  # fmt: skip
         read = gather_latents(cache[:, 1], slots[slots >= 0], latent, dtype)
         assert relative_error(read, gather_latents_reference(cache[:, 1], slots[slots >= 0], latent, dtype)) < 1e-6
-        few = gather_latents(cache[:, 1], slots[slots >= 0], latent, dtype, torch.tensor([2], device="cuda").int())
-        assert torch.equal(few[:2], read[:2])
+        few = gather_latents(cache[:, 1], slots[slots >= 0], latent, dtype, torch.tensor([1], device="cuda").int())
+        assert torch.equal(few[:1], read[:1])
         assert not cache[:, 0].any()
         assert not cache[:, 2].any()
         results.append(
@@ -146,7 +146,7 @@ def test_what_is_added_joins_the_experts_sum() -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("rows", [1, 3, 4, 5])
+@pytest.mark.parametrize("rows", [1, 2, 3])
 @pytest.mark.parametrize(("outputs", "inputs"), [(3648, 2048), (7, 3000), (100, 48)])
 def test_linear_of_few_rows(dtype: torch.dtype, outputs: int, inputs: int, rows: int) -> None:
     x = torch.randn(rows, inputs + 8, device="cuda").to(dtype)[:, :inputs]

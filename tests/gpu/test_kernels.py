@@ -54,7 +54,7 @@ def test_decode_of_fp8_records(num_heads: int, latent: int, rope: int, block_siz
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("lengths", [[1], [5000], [70, 0, 4097], [33, 1, 64, 9], [5, 6, 7, 8, 9]], ids=len)
+@pytest.mark.parametrize("lengths", [[1], [5000], [70, 4097], [0, 33], [70, 0, 4097]], ids=str)
 @pytest.mark.parametrize(
     ("num_heads", "latent", "rope", "value"), [(16, 512, 64, 128), (128, 512, 64, 128), (6, 48, 16, 40)]
 )
