@@ -85,7 +85,7 @@ def _network(
         dummy_weights(network, model.seed)
     else:
         load_weights(network, folder, progress)
-    if device.type == "cpu" and PackedWeight.is_available():
+    if device.type == "cpu" and PackedWeight.is_available(dtype):
         network.pack()
     return network
 
