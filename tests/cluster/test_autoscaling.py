@@ -35,7 +35,8 @@ SPEC: dict[str, Any] = {
         "engine": {"device": "cpu", "num_blocks": 1024, "max_num_batched_tokens": 256, "num_threads": 1},
         "gateway": {"port": 0, "drain_timeout_s": 1.0},
         "prefill": {"num_cpus": 0.1},
-        "decode": {"num_cpus": 0.1, "resources": {"decode_slot": 1}},
+        # Room for what a slow machine has not got to yet: the load does not wait for it, and no turn is to be refused.
+        "decode": {"num_cpus": 0.1, "resources": {"decode_slot": 1}, "max_concurrent": 256},
         "sessions": {"heartbeat_s": HEARTBEAT_S, "registry_ttl_s": 5.0},
         "autoscaling": {
             "enabled": True,
