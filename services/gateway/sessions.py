@@ -20,6 +20,7 @@ from services.common.errors import (
 )
 from services.common.messages import SessionHolder, SessionInfo, SessionPage
 from services.common.settings import SessionSettings
+from services.common.tasks import to_its_end
 from services.gateway.forgetting import Forgetting
 from services.sessions.base import (
     MAX_PAGE_SIZE,
@@ -79,12 +80,13 @@ class GatewaySessions:
 
     async def delete(self, tenant: str, session: str) -> None:
         """Raises NotFound, SessionBusy. Whoever holds the session's KV hears of it."""
-        try:
-            acquired = await acquire(self._store, tenant, session, TurnStart(), self._settings.lease_ttl_s)
-        except QuotaExceeded:  # of a tenant above its quota all the more
-            acquired = None
-        await self._store.delete(tenant, session)
-        if isinstance(acquired, Acquired):
+        acquired, lease_ttl_s = None, self._settings.lease_ttl_s
+        with contextlib.suppress(QuotaExceeded):  # of a tenant above its quota all the more
+            acquired = await acquire(self._store, tenant, session, TurnStart(), lease_ttl_s)
+        assert not isinstance(acquired, AlreadyCommitted), "no idempotency key was given"
+        async with TurnLease(self._store, acquired, lease_ttl_s).held():
+            await self._store.delete(tenant, session)
+        if acquired is not None:
             await self._forgetting.forget(acquired)
 
     def check_same_model(self, record: SessionRecord) -> None:
@@ -126,7 +128,7 @@ class TurnLease:
             keeper.cancel()
             if not self._is_committed:
                 with contextlib.suppress(Unavailable):  # it ends by its TTL then
-                    await self._store.release(self._lease)
+                    await to_its_end(self._store.release(self._lease))
 
     def check(self) -> None:
         """Raises StaleLease or NotFound once the session has gone on without this turn, or has been deleted."""
@@ -183,11 +185,15 @@ async def _acquire_once(
     try:
         return await asyncio.shield(acquiring)
     except asyncio.CancelledError:
-        with contextlib.suppress(AntiphonError):
-            acquired = await acquiring  # bounded by the store
-            if isinstance(acquired, Acquired):
-                await store.release(acquired.lease)
+        await to_its_end(_let_go(store, acquiring))
         raise
+
+
+async def _let_go(store: SessionStore, acquiring: asyncio.Future[Acquired | AlreadyCommitted]) -> None:
+    with contextlib.suppress(AntiphonError):
+        acquired = await acquiring  # bounded by the store
+        if isinstance(acquired, Acquired):
+            await store.release(acquired.lease)
 
 
 def info_of(record: SessionRecord) -> SessionInfo:

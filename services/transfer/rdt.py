@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import ray
@@ -21,6 +21,7 @@ import torch
 from ray.exceptions import GetTimeoutError, RayError
 
 from services.common.errors import InvalidSettings, TransferFailed
+from services.common.tasks import until_done
 from services.transfer.base import Cause, Expected, FetchReport, Identity, KVTicket, OnRelease
 from services.transfer.digest import BlockDigest
 from services.transfer.leases import Leases
@@ -157,7 +158,8 @@ class RdtTransfer:
             return await asyncio.shield(waiter)
         except asyncio.CancelledError:
             if not future.cancel():
-                await _until_done(waiter)
+                with suppress(asyncio.CancelledError):  # raised again below
+                    await until_done(waiter)
                 error = waiter.exception()
                 if isinstance(error, TransferFailed) and error.must_quarantine:
                     raise error from None
@@ -252,12 +254,3 @@ def _forget_borrowed(ref: object) -> None:
     if isinstance(ref, ray.ObjectRef) and isinstance(entries, dict) and lock is not None:
         with lock:
             entries.pop(ref.hex(), None)
-
-
-async def _until_done(future: asyncio.Future[T]) -> None:
-    """Wait for the end, whatever it is, however often this task is cancelled."""
-    while not future.done():
-        try:
-            await asyncio.wait({future})
-        except asyncio.CancelledError:
-            continue

@@ -313,6 +313,40 @@ async def test_cancelled_while_the_session_is_acquired_leaves_no_lease(cluster: 
         assert await is_free(cluster)
 
 
+@pytest.mark.parametrize("after_s", [0.0, 0.0002, 0.0005, 0.001])
+@pytest.mark.parametrize("hangs_at", [None, 2])
+async def test_cancelled_once_more_while_it_lets_go_leaves_no_lease(
+    cluster: Cluster, hangs_at: int | None, after_s: float
+) -> None:
+    """A deadline does that: the edge's own timer cancels the turn, and then gRPC cancels the handler."""
+    await make_session(cluster)
+    for replica in cluster.replicas.values():
+        replica.hangs_at = hangs_at
+    for delay_s in (0.0, 0.0002, 0.0005, 0.001, 0.002, 0.05):
+        task = asyncio.create_task(run(cluster, turn()))
+        await asyncio.sleep(delay_s)
+        task.cancel()
+        await asyncio.sleep(after_s)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert await is_free(cluster)
+
+
+async def test_a_deletion_that_is_cancelled_leaves_no_lease(cluster: Cluster) -> None:
+    await make_session(cluster)
+    for delay_s in (0.0, 0.0002, 0.0005, 0.001, 0.0015, 0.002):
+        task = asyncio.create_task(cluster.parts.sessions.delete("acme", "s"))
+        await asyncio.sleep(delay_s)
+        task.cancel()
+        (end,) = await asyncio.gather(task, return_exceptions=True)
+        if not isinstance(end, asyncio.CancelledError):
+            return
+        try:
+            assert await is_free(cluster)
+        except NotFound:  # it came too late
+            return
+
+
 async def test_second_turn_meanwhile_is_refused_by_name(cluster: Cluster) -> None:
     await make_session(cluster)
     cluster.replicas["a"].hangs_at = 2
