@@ -226,7 +226,8 @@ class Pipeline:
 
     def _started(self, turn: TurnRequest, history: History, num_prompt: int, route: Route, reply: Reply) -> Started:
         if history.num_turns:
-            is_hit = route.decision.reason is RoutingReason.HELD_PREFIX
+            # An heir may not have got yet what it is to inherit.
+            is_hit = route.decision.reason is RoutingReason.HELD_PREFIX and reply.num_cached_tokens > 0
             self._parts.metrics.increment("affinity_hits" if is_hit else "affinity_misses")
         num_cached = max(reply.num_cached_tokens, route.num_cached_tokens)
         return Started(turn.request_id, turn.session, _number(turn, history), num_prompt, num_cached, route.decision)

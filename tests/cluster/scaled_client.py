@@ -101,16 +101,23 @@ class Conversation:
 class OpenLoop:
     """Starts conversations at times that do not depend on how fast they go; keeps what they have come to.
 
-    Each says its lines one after another, pause_s between them.
+    Each says its lines one after another, pause_s between them. While max_open are running none is started: a machine
+    that is slower than the load stays loaded, and is not buried.
     """
 
     def __init__(
-        self, client: AsyncClient, scripts: Sequence[Sequence[str]], sampling: SamplingParams, pause_s: float
+        self,
+        client: AsyncClient,
+        scripts: Sequence[Sequence[str]],
+        sampling: SamplingParams,
+        pause_s: float,
+        max_open: int = 24,
     ) -> None:
         self._client = client
         self._scripts = scripts
         self._sampling = sampling
         self._pause_s = pause_s
+        self._max_open = max_open
         self._rng = random.Random(7)
         self._tasks: list[asyncio.Task[Conversation]] = []
 
@@ -119,7 +126,7 @@ class OpenLoop:
         done = asyncio.ensure_future(until)
         while not done.done():
             await asyncio.wait({done}, timeout=self._rng.expovariate(per_s))
-            if not done.done():
+            if not done.done() and sum(not task.done() for task in self._tasks) < self._max_open:
                 script = self._scripts[len(self._tasks) % len(self._scripts)]
                 self._tasks.append(asyncio.create_task(self._converse(script)))
         return await done

@@ -35,8 +35,7 @@ SPEC: dict[str, Any] = {
         "engine": {"device": "cpu", "num_blocks": 1024, "max_num_batched_tokens": 256, "num_threads": 1},
         "gateway": {"port": 0, "drain_timeout_s": 1.0},
         "prefill": {"num_cpus": 0.1},
-        # Room for what a slow machine has not got to yet: the load does not wait for it, and no turn is to be refused.
-        "decode": {"num_cpus": 0.1, "resources": {"decode_slot": 1}, "max_concurrent": 256},
+        "decode": {"num_cpus": 0.1, "resources": {"decode_slot": 1}},
         "sessions": {"heartbeat_s": HEARTBEAT_S, "registry_ttl_s": 5.0},
         "autoscaling": {
             "enabled": True,
@@ -125,7 +124,7 @@ async def test_nodes_and_replicas_follow_the_load_and_no_reply_fails_or_changes(
         before = await load.run(0.3, app.until(has(1), 60))
         peak = await load.run(3.0, app.until(has(3), 120))
         await load.run(3.0, keepers.begin(LATE))
-        await app.until(has(1), 500)  # a slow machine first works off what has piled up
+        await app.until(has(1), 240)
         last = await keepers.end()
         conversations = await load.ended()
         remaining = await app.serving.replicas(Role.DECODE)
@@ -154,15 +153,14 @@ def check_tokens(local: LocalPipeline, conversations: list[Conversation]) -> Non
 
 
 def is_hit(turn: Turn) -> bool:
-    """Whether the turn went to a replica that holds its history, or has inherited it."""
-    return turn.started.routing.reason is RoutingReason.HELD_PREFIX
+    """Whether the turn went to a replica that holds its history, or has inherited it, and found it there."""
+    is_held = turn.started.routing.reason is RoutingReason.HELD_PREFIX
+    return is_held and turn.finished.kv_origins[0].source is KvSource.LOCAL
 
 
 def check_sessions(keepers: list[Conversation], last: list[Turn], survivor: str) -> None:
-    """A later turn found its cache, or it is known to have missed it; those that moved have taken it along."""
+    """All have come together at the replica that is left, and those that moved have taken their cache along."""
     assert {turn.finished.replica for turn in last} == {survivor}
-    for turn in [turn for keeper in keepers for turn in keeper.turns[1:]]:
-        assert turn.finished.usage.num_cached_tokens > 0 or not is_hit(turn)
     moved = [
         (before, after)
         for keeper in keepers
@@ -170,11 +168,11 @@ def check_sessions(keepers: list[Conversation], last: list[Turn], survivor: str)
         if before.finished.replica != after.finished.replica
     ]
     # Those whose replica had stopped found what it had handed over, where it had.
-    assert any(is_hit(after) and after.finished.kv_origins[0].source is KvSource.LOCAL for _, after in moved)
+    assert any(is_hit(after) for _, after in moved)
 
 
 def check_counters(app: ScaledApp, conversations: list[Conversation]) -> None:
-    """Every later turn is in one of the two counters: its history was held where it went, or it was not."""
+    """Every later turn is in one of the two counters: it found its history where it went, or it did not."""
     later = [is_hit(turn) for each in conversations for turn in each.turns[1:]]
     counted = {name: counter(app, f"antiphon_affinity_{name}_total") for name in ("hits", "misses")}
     assert counted == {"hits": sum(later), "misses": len(later) - sum(later)}

@@ -40,8 +40,8 @@ class ScriptedReplica(decode_service_pb2_grpc.DecodeServiceServicer):
     """Replies with `reply`, a token a message, whichever replica it is: token i of a reply is always the same.
 
     dies_at: index of the token instead of which the call breaks off, once. is_full: refuses. hangs_at: waits for ever
-    instead of that token, or until it is stopped (not if ignores_stop). Attributes: requests, forgotten, num_open
-    (calls that have not ended).
+    instead of that token, or until it is stopped (not if ignores_stop). has_nothing: finds none of the history.
+    Attributes: requests, forgotten, num_open (calls that have not ended).
     """
 
     def __init__(self, name: str, reply: Sequence[int]) -> None:
@@ -50,6 +50,7 @@ class ScriptedReplica(decode_service_pb2_grpc.DecodeServiceServicer):
         self.dies_at: int | None = None
         self.hangs_at: int | None = None
         self.is_full = False
+        self.has_nothing = False
         self.ignores_stop = False
         self.forgotten: list[pb.ForgetRequest] = []
         self._stopped = asyncio.Event()
@@ -80,7 +81,8 @@ class ScriptedReplica(decode_service_pb2_grpc.DecodeServiceServicer):
         self.num_open -= 1
 
     async def _events(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
-        yield pb.GenerateResponse(seq=0, admitted=pb.Admitted(num_cached_tokens=request.num_history_tokens))
+        num_cached = 0 if self.has_nothing else request.num_history_tokens
+        yield pb.GenerateResponse(seq=0, admitted=pb.Admitted(num_cached_tokens=num_cached))
         sampling = values.sampling_from_proto(request.sampling)
         limit = min(sampling.max_tokens or len(self.reply), len(self.reply))
         seq = 1
@@ -100,7 +102,7 @@ class ScriptedReplica(decode_service_pb2_grpc.DecodeServiceServicer):
         num_prompt = len(request.token_ids) - request.num_resumed_tokens
         finished = pb.Finished(
             reason=values.FINISH_REASONS.number(FinishReason.LENGTH),
-            usage=values.usage_to_proto(Usage(num_prompt, request.num_history_tokens, limit)),
+            usage=values.usage_to_proto(Usage(num_prompt, num_cached, limit)),
             timings=values.timings_to_proto(Timings(prefill_ms=3.0)),
             kv_origins=values.origins_to_proto([KvOrigin(KvSource.COMPUTED, self.name, num_prompt)]),
             prefill_place=values.PREFILL_PLACES.number(PrefillPlace.DECODE),

@@ -154,6 +154,22 @@ async def test_lost_replica_is_replaced_without_gap_or_repeat(cluster: Cluster, 
     assert registry.get_sample_value("antiphon_migrations_total", labels) == 1.0
 
 
+async def test_later_turns_count_as_hits_if_they_found_their_history_where_they_went(cluster: Cluster) -> None:
+    await make_session(cluster)
+    _, _, _, first = parts_of(await run(cluster, turn()))
+    holder = cluster.replicas[first.replica]
+    for holder.has_nothing in (False, True, False):
+        started, *_ = parts_of(await run(cluster, turn("And then?")))
+        assert (started.routing.replica, started.routing.reason) == (holder.name, RoutingReason.HELD_PREFIX)
+    counted = {
+        name: cluster.parts.metrics.registry.get_sample_value(
+            f"antiphon_affinity_{name}_total", {"model_name": "demo", "role": "gateway"}
+        )
+        for name in ("hits", "misses")
+    }
+    assert counted == {"hits": 2.0, "misses": 1.0}
+
+
 async def test_turn_lost_too_often_is_unavailable_and_leaves_nothing(server: EmbeddedServer) -> None:
     async with scripted_cluster(server.url, REPLY, "abcd", routing={"max_resumes": 2}) as cluster:
         await make_session(cluster)
