@@ -68,9 +68,9 @@ def mla_decode_to_values(
     rank = value_weights.shape[1]
     takes_few = len(q) <= FEW_ROWS and value_weights.stride(1) == 1 and out.is_contiguous()
     if q.is_cuda and takes_few and not mla_decode_flash_mla.is_best(q, cache, rank):
-        from services.engine.kernels.mla_decode_triton import mla_decode_triton
+        from services.engine.kernels.mla_decode_triton import mla_decode_to_values_triton
 
-        mla_decode_triton(q, cache, block_tables, context_lens, scale, rank, max_context_len, value_weights, out)
+        mla_decode_to_values_triton(q, cache, block_tables, context_lens, scale, value_weights, out, max_context_len)
         return
     latents = mla_decode(q, cache, block_tables, context_lens, scale, rank, max_context_len)
     torch.bmm(latents.transpose(0, 1), value_weights, out=out.transpose(0, 1))

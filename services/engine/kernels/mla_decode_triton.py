@@ -45,6 +45,16 @@ def plan_for(num_heads: int, latent: int, cache_dtype: torch.dtype) -> Plan:
     return Plan(block_h, 32, 4, 3, 2)
 
 
+@dataclass(frozen=True)
+class _Partial:
+    """What the first kernel leaves for the second: results [workers + rows, H, C] and lse [workers + rows, H], fp32."""
+
+    results: torch.Tensor
+    lse: torch.Tensor
+    num_workers: int
+    sizes: dict[str, int]
+
+
 def mla_decode_triton(
     q: torch.Tensor,
     cache: torch.Tensor,
@@ -53,95 +63,111 @@ def mla_decode_triton(
     scale: float,
     kv_lora_rank: int,
     max_context_len: int | None = None,
-    value_weights: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
-    plan: Plan | None = None,
 ) -> torch.Tensor:
-    """See `mla_decode`; with value_weights and out, see `mla_decode_to_values`."""
-    num_rows, num_heads, width = q.shape
-    is_fp8 = cache.dtype == torch.uint8
-    if cache.stride(2) != 1 or cache.stride(1) != cache.shape[2] or cache.stride(0) % cache.stride(1):
-        raise ValueError("the cache must be dense within a block")
-    plan = plan or plan_for(num_heads, kv_lora_rank, cache.dtype)
-    num_groups = triton.cdiv(num_heads, plan.block_h)
-    num_workers = max(1, num_multiprocessors(q.device) * plan.workers_per_sm // num_groups)
-    if max_context_len is not None:
-        num_workers = min(num_workers, max(1, num_rows * triton.cdiv(max_context_len, plan.block_n)))
-    q = q.contiguous()
-    partial = torch.empty(num_workers + num_rows, num_heads, kv_lora_rank, dtype=torch.float32, device=q.device)
-    lse = torch.empty(num_workers + num_rows, num_heads, dtype=torch.float32, device=q.device)
-    rows_pow2 = max(16, triton.next_power_of_2(num_rows))
-    latent_pow2 = max(16, triton.next_power_of_2(kv_lora_rank))
-    # Of a record, each part as its own type: two latents to a number.
-    types = (torch.int16, torch.float32, torch.bfloat16) if is_fp8 else (cache.dtype,) * 3
-    _attend[(num_workers * num_groups,)](
-        q,
-        *(cache.view(dtype) for dtype in types),
-        block_tables,
+    """See `mla_decode`."""
+    num_rows, num_heads, _ = q.shape
+    partial = _attended(q, cache, block_tables, context_lens, scale, kv_lora_rank, max_context_len)
+    out = torch.empty(num_rows, num_heads, kv_lora_rank, dtype=q.dtype, device=q.device)
+    merge[(num_heads, num_rows)](
+        partial.results,
+        partial.lse,
         context_lens,
-        partial,
-        lse,
+        out,
         num_rows,
-        num_workers,
-        block_tables.stride(0),
-        cache.stride(0) // cache.stride(1),
-        scale * 1.4426950408889634,
-        IS_FP8=is_fp8,
-        NUM_HEADS=num_heads,
-        NUM_GROUPS=num_groups,
-        BLOCK_SIZE=cache.shape[1],
-        LATENT=kv_lora_rank,
-        ROPE=width - kv_lora_rank,
-        ROWS=rows_pow2,
-        LATENT_POW2=latent_pow2,
-        ROPE_POW2=max(16, triton.next_power_of_2(width - kv_lora_rank)),
-        BLOCK_H=plan.block_h,
-        BLOCK_N=plan.block_n,
-        num_warps=plan.num_warps,
-        num_stages=plan.num_stages,
+        partial.num_workers,
+        **partial.sizes,
+        PARTS=8,
+        num_warps=4 if partial.sizes["LATENT_POW2"] >= 512 else 1,
         **dependent(q.device),
     )
-    sizes = {
-        "NUM_HEADS": num_heads,
-        "LATENT": kv_lora_rank,
-        "ROWS": rows_pow2,
-        "LATENT_POW2": latent_pow2,
-        "BLOCK_N": plan.block_n,
-    }
-    if value_weights is None:
-        out = torch.empty(num_rows, num_heads, kv_lora_rank, dtype=q.dtype, device=q.device)
-        merge[(num_heads, num_rows)](
-            partial,
-            lse,
-            context_lens,
-            out,
-            num_rows,
-            num_workers,
-            **sizes,
-            PARTS=8,
-            num_warps=4 if latent_pow2 >= 512 else 1,
-            **dependent(q.device),
-        )
-        return out
-    assert out is not None
-    merge_to_values[(num_heads, num_rows, triton.cdiv(out.shape[2], BLOCK_V))](
-        partial,
-        lse,
+    return out
+
+
+def mla_decode_to_values_triton(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    scale: float,
+    value_weights: torch.Tensor,
+    out: torch.Tensor,
+    max_context_len: int | None = None,
+) -> None:
+    """See `mla_decode_to_values`; value_weights are dense along C, and out is contiguous."""
+    num_rows, num_heads, num_values = out.shape
+    partial = _attended(q, cache, block_tables, context_lens, scale, value_weights.shape[1], max_context_len)
+    merge_to_values[(num_heads, num_rows, triton.cdiv(num_values, BLOCK_V))](
+        partial.results,
+        partial.lse,
         context_lens,
         value_weights,
         out,
         value_weights.stride(0),
         value_weights.stride(2),
         num_rows,
-        num_workers,
-        VALUE=out.shape[2],
+        partial.num_workers,
+        VALUE=num_values,
         BLOCK_V=BLOCK_V,
-        **sizes,
+        **partial.sizes,
         PARTS=16,
         num_warps=4,
         **dependent(q.device),
     )
-    return out
+
+
+def _attended(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    scale: float,
+    kv_lora_rank: int,
+    max_context_len: int | None,
+) -> _Partial:
+    num_rows, num_heads, width = q.shape
+    is_fp8 = cache.dtype == torch.uint8
+    if cache.stride(2) != 1 or cache.stride(1) != cache.shape[2] or cache.stride(0) % cache.stride(1):
+        raise ValueError("the cache must be dense within a block")
+    plan = plan_for(num_heads, kv_lora_rank, cache.dtype)
+    num_groups = triton.cdiv(num_heads, plan.block_h)
+    num_workers = max(1, num_multiprocessors(q.device) * plan.workers_per_sm // num_groups)
+    if max_context_len is not None:
+        num_workers = min(num_workers, max(1, num_rows * triton.cdiv(max_context_len, plan.block_n)))
+    results = torch.empty(num_workers + num_rows, num_heads, kv_lora_rank, dtype=torch.float32, device=q.device)
+    lse = torch.empty(num_workers + num_rows, num_heads, dtype=torch.float32, device=q.device)
+    sizes = {
+        "NUM_HEADS": num_heads,
+        "LATENT": kv_lora_rank,
+        "ROWS": max(16, triton.next_power_of_2(num_rows)),
+        "LATENT_POW2": max(16, triton.next_power_of_2(kv_lora_rank)),
+        "BLOCK_N": plan.block_n,
+    }
+    # Of a record, each part as its own type: two latents to a number.
+    types = (torch.int16, torch.float32, torch.bfloat16) if is_fp8 else (cache.dtype,) * 3
+    _attend[(num_workers * num_groups,)](
+        q.contiguous(),
+        *(cache.view(dtype) for dtype in types),
+        block_tables,
+        context_lens,
+        results,
+        lse,
+        num_rows,
+        num_workers,
+        block_tables.stride(0),
+        cache.stride(0) // cache.stride(1),
+        scale * 1.4426950408889634,
+        **sizes,
+        IS_FP8=is_fp8,
+        NUM_GROUPS=num_groups,
+        BLOCK_SIZE=cache.shape[1],
+        ROPE=width - kv_lora_rank,
+        ROPE_POW2=max(16, triton.next_power_of_2(width - kv_lora_rank)),
+        BLOCK_H=plan.block_h,
+        num_warps=plan.num_warps,
+        num_stages=plan.num_stages,
+        **dependent(q.device),
+    )
+    return _Partial(results, lse, num_workers, sizes)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_workers", "table_stride"])
