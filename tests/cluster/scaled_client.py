@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -41,10 +42,12 @@ class ScaledApp:
     async def until(self, condition: Callable[[dict[str, Any]], bool], timeout_s: float) -> list[dict[str, Any]]:
         """Asks for the state until it is as wanted; gives all that were seen."""
         seen: list[dict[str, Any]] = []
-        async with asyncio.timeout(timeout_s):
-            while not seen or not condition(seen[-1]):
-                seen.append(await asyncio.to_thread(self.ask, "state"))
-                await asyncio.sleep(0.5)
+        give_up_s = time.monotonic() + timeout_s
+        while not seen or not condition(seen[-1]):
+            if time.monotonic() > give_up_s:
+                raise AssertionError(f"after {timeout_s} s {seen[-1]}; decided last: {self.ask('decisions')[-3:]}")
+            seen.append(await asyncio.to_thread(self.ask, "state"))
+            await asyncio.sleep(0.5)
         return seen
 
     def close(self) -> dict[str, Any]:
