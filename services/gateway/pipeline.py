@@ -6,6 +6,7 @@ stream, the count of pending tokens by its block. So cancelling the generator at
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import logging
 import random
@@ -36,7 +37,7 @@ from services.gateway.history import History, HistoryEnds
 from services.gateway.replay import replayed
 from services.gateway.replicas import Replicas
 from services.gateway.reply import Reply
-from services.gateway.router import Route, RoutingQuestion
+from services.gateway.router import NoReplica, Route, RoutingQuestion
 from services.gateway.sessions import GatewaySessions, TurnLease, acquire
 from services.gateway.text import Encoder
 from services.gateway.watch import Watch
@@ -47,6 +48,8 @@ from services.sessions.keys import Keyspace
 from services.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
+
+_ROUTE_RETRY_DELAY_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +100,7 @@ class Pipeline:
 
             # 3. and 4. A replica, and its stream. If it is lost, another one goes on from prompt + reply so far.
             while not reply.is_complete:
-                route = await self._route(turn, history, len(prompt), attempts)
+                route = await self._route_soon(turn, history, len(prompt), attempts)
                 so_far = (*prompt, *reply.token_ids)
                 request = decode_request(identity, route, history, so_far, len(reply.token_ids), sampling)
                 watch.lap("route_ms")
@@ -168,8 +171,24 @@ class Pipeline:
         is_first = history.num_turns == 0
         return tuple(await self._parts.encoder.encode_turn(turn.messages, is_first, history.ended_with_eos))
 
+    async def _route_soon(
+        self, turn: TurnRequest, history: History, num_prompt_tokens: int, attempts: Attempts
+    ) -> Route:
+        """`_route`; where it finds nobody, again for as long as a registration lasts.
+
+        The only replica may have stalled and left the registry, or have failed one turn, and be back soon.
+        """
+        give_up_s = time.monotonic() + self._parts.settings.sessions.registry_ttl_s
+        while True:
+            try:
+                return await self._route(turn, history, num_prompt_tokens, attempts)
+            except NoReplica:
+                if time.monotonic() >= give_up_s:
+                    raise
+            await asyncio.sleep(_ROUTE_RETRY_DELAY_S)
+
     async def _route(self, turn: TurnRequest, history: History, num_prompt_tokens: int, attempts: Attempts) -> Route:
-        """Raises what the last attempt met if there is nobody left to try."""
+        """Raises NoReplica, or what the last attempt met, if there is nobody left to try."""
         parts = self._parts
         question = RoutingQuestion(
             session_digest=self._digest(turn) or turn.request_id,
@@ -183,7 +202,7 @@ class Pipeline:
         await parts.decode.forget_others([record.address for record in records])
         try:
             return router.choose(question, records, parts.settings.routing, parts.rng)
-        except Unavailable:
+        except NoReplica:
             if attempts.last_error is not None:
                 raise attempts.last_error from None
             raise

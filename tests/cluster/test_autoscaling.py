@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import urllib.request
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -85,6 +86,7 @@ class Keepers:
         self._sessions: list[AsyncSession] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._is_over = asyncio.Event()
+        self._rng = random.Random(11)
 
     async def begin(self, topics: Sequence[str]) -> None:
         """First turns, one a second, so that not all of them talk at once."""
@@ -104,7 +106,9 @@ class Keepers:
         await self._say(number, f"Tell me a story about {topic}.")
         while not self._is_over.is_set():
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._is_over.wait(), 12.0)
+                # Not in step: where a slow machine had them all wait for one another, they would go on as a crowd that
+                # is more than one replica's share.
+                await asyncio.wait_for(self._is_over.wait(), self._rng.uniform(6.0, 18.0))
                 return
             await self._more(number)
 

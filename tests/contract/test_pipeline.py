@@ -260,6 +260,27 @@ async def test_a_turn_that_waits_for_a_hanging_replica_can_be_cancelled(server: 
         await soon(lambda: not any(each.num_open for each in cluster.replicas.values()))
 
 
+async def test_a_turn_waits_for_a_replica_that_is_soon_back(cluster: Cluster) -> None:
+    for name in "ab":
+        await cluster.registry.deregister(Role.DECODE, name, f"{name}-1")
+    asked = asyncio.create_task(run(cluster, turn(session=None)))
+    await asyncio.sleep(0.5)
+    assert not asked.done()
+    await cluster.register("b")
+    _, text, _, finished = parts_of(await asked)
+    assert (text, finished.replica) == (REPLY, "b")
+
+
+async def test_a_turn_that_no_replica_comes_for_is_unavailable(server: EmbeddedServer) -> None:
+    async with scripted_cluster(server.url, REPLY, sessions={"registry_ttl_s": 0.4, "heartbeat_s": 0.2}) as cluster:
+        await make_session(cluster)
+        for name in "ab":
+            await cluster.registry.deregister(Role.DECODE, name, f"{name}-1")
+        with pytest.raises(Unavailable, match="no decode replica"):
+            await run(cluster, turn())
+        assert await is_free(cluster)
+
+
 async def test_deleting_a_session_tells_who_holds_it(cluster: Cluster) -> None:
     await make_session(cluster)
     _, _, token_ids, finished = parts_of(await run(cluster, turn()))
