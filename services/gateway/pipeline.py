@@ -37,7 +37,7 @@ from services.gateway.history import History, HistoryEnds
 from services.gateway.replay import replayed
 from services.gateway.replicas import Replicas
 from services.gateway.reply import Reply
-from services.gateway.router import NoReplica, Route, RoutingQuestion
+from services.gateway.router import Route, RoutingQuestion
 from services.gateway.sessions import GatewaySessions, TurnLease, acquire
 from services.gateway.text import Encoder
 from services.gateway.watch import Watch
@@ -100,7 +100,7 @@ class Pipeline:
 
             # 3. and 4. A replica, and its stream. If it is lost, another one goes on from prompt + reply so far.
             while not reply.is_complete:
-                route = await self._route_soon(turn, history, len(prompt), attempts)
+                route = await self._route(turn, history, len(prompt), attempts, parts.settings.sessions.registry_ttl_s)
                 so_far = (*prompt, *reply.token_ids)
                 request = decode_request(identity, route, history, so_far, len(reply.token_ids), sampling)
                 watch.lap("route_ms")
@@ -171,25 +171,15 @@ class Pipeline:
         is_first = history.num_turns == 0
         return tuple(await self._parts.encoder.encode_turn(turn.messages, is_first, history.ended_with_eos))
 
-    async def _route_soon(
-        self, turn: TurnRequest, history: History, num_prompt_tokens: int, attempts: Attempts
+    async def _route(
+        self, turn: TurnRequest, history: History, num_prompt_tokens: int, attempts: Attempts, patience_s: float = 0.0
     ) -> Route:
-        """`_route`; where it finds nobody, again for as long as a registration lasts.
+        """Raises what the last attempt met if there is nobody left to try.
 
-        The only replica may have stalled and left the registry, or have failed one turn, and be back soon.
+        Of a first attempt, Unavailable if nobody is there within patience_s: the only replica may have stalled and left
+        the registry, or have failed another turn, and is back as soon as a registration ends.
         """
-        give_up_s = time.monotonic() + self._parts.settings.sessions.registry_ttl_s
-        while True:
-            try:
-                return await self._route(turn, history, num_prompt_tokens, attempts)
-            except NoReplica:
-                if time.monotonic() >= give_up_s:
-                    raise
-            await asyncio.sleep(_ROUTE_RETRY_DELAY_S)
-
-    async def _route(self, turn: TurnRequest, history: History, num_prompt_tokens: int, attempts: Attempts) -> Route:
-        """Raises NoReplica, or what the last attempt met, if there is nobody left to try."""
-        parts = self._parts
+        parts, give_up_s = self._parts, time.monotonic() + patience_s
         question = RoutingQuestion(
             session_digest=self._digest(turn) or turn.request_id,
             num_prompt_tokens=num_prompt_tokens,
@@ -198,14 +188,17 @@ class Pipeline:
             pending_tokens=parts.replicas.pending_tokens,
             excluded=attempts.excluded,
         )
-        records = await parts.replicas.list()
-        await parts.decode.forget_others([record.address for record in records])
-        try:
-            return router.choose(question, records, parts.settings.routing, parts.rng)
-        except NoReplica:
-            if attempts.last_error is not None:
-                raise attempts.last_error from None
-            raise
+        while True:
+            records = await parts.replicas.list()
+            await parts.decode.forget_others([record.address for record in records])
+            try:
+                return router.choose(question, records, parts.settings.routing, parts.rng)
+            except Unavailable:
+                if attempts.last_error is not None:
+                    raise attempts.last_error from None
+                if time.monotonic() >= give_up_s:
+                    raise
+            await asyncio.sleep(_ROUTE_RETRY_DELAY_S)
 
     def _failed(
         self, turn: TurnRequest, history: History, route: Route, error: Unavailable | Exhausted, attempts: Attempts

@@ -37,10 +37,6 @@ MIN_GAIN_MS = 30.0  # of moving a session, and a third of what it would cost to 
 MIN_GAIN_FRACTION = 1 / 3
 
 
-class NoReplica(Unavailable):
-    """Nobody is there to take a turn now; somebody may be soon."""
-
-
 @dataclass(frozen=True, slots=True)
 class RoutingQuestion:
     """What is asked of the router.
@@ -109,7 +105,7 @@ def choose(
     settings: RoutingSettings,
     rng: random.Random | None = None,
 ) -> Route:
-    """The replica for a turn. Raises NoReplica if no decode replica is there to take it.
+    """The replica for a turn. Raises Unavailable if no decode replica is there to take it.
 
     Changes nothing, so a dry run is the same call. rng: for policy random.
     """
@@ -122,7 +118,7 @@ def choose(
     scored = _scores(question, records, held, settings)
     usable = [each for each in scored if not notes[each.record.replica_id]]
     if not usable:
-        raise NoReplica("no decode replica can take the turn now")
+        raise Unavailable("no decode replica can take the turn now")
     if settings.policy == "cost":
         chosen = min(usable, key=_preference)
     elif settings.policy == "consistent_hash":
