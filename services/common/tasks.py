@@ -30,5 +30,10 @@ async def to_its_end(work: Coroutine[Any, Any, T]) -> T:
     Raises CancelledError in its stead if this task was cancelled meanwhile.
     """
     task = asyncio.ensure_future(work)
-    await until_done(task)
+    try:
+        await until_done(task)
+    except asyncio.CancelledError:
+        if not task.cancelled():
+            task.exception()  # nobody else will look at it, and asyncio would complain
+        raise
     return task.result()
